@@ -1,0 +1,31 @@
+"""Hidden states of Qwen2 models out of NeMo and Megatron-Core, the same on any parallel layout.
+
+Importing this package is instant; each name below is imported where it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_qwen_hidden.hookpoint import HookPoint
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.store.reader import open_store
+
+__version__ = "0.1.0"
+__all__ = ["HookPoint", "Qwen2HiddenModel", "__version__", "open_store"]
+
+_HOMES = {
+    "HookPoint": "nemo_qwen_hidden.hookpoint",
+    "Qwen2HiddenModel": "nemo_qwen_hidden.model.hidden_model",
+    "open_store": "nemo_qwen_hidden.store.reader",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

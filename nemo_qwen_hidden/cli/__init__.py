@@ -1,0 +1,1 @@
+"""The command line: Hydra settings and arguments in, exit status out. DictConfig goes no further down."""

@@ -1,0 +1,54 @@
+"""Bytes: of a rank's weights, of its activations, of the store. Integers from integers.
+
+Megatron's column- and row-parallel linears and the vocabulary-parallel embedding are cut over tp; norms are whole on
+every rank. The output layer is never allocated.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """Sizes of a Qwen2 decoder, by Hugging Face's names; ``head_dim`` is the size of one attention head."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+
+
+def layer_parameters(shape: DecoderShape, tp: int) -> int:
+    """Parameters of one decoder layer on one rank: QKV with bias, projection, gate, up, down, two norms."""
+    qkv = (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim // tp
+    projection = shape.num_heads * shape.head_dim // tp
+    ffn = shape.ffn_hidden_size // tp
+    return qkv * (shape.hidden_size + 1) + (projection + 3 * ffn) * shape.hidden_size + 2 * shape.hidden_size
+
+
+def padded_vocab(shape: DecoderShape, tp: int) -> int:
+    """Rows of the embedding table over all tp ranks, a multiple of tp."""
+    return -(-shape.vocab_size // tp) * tp
+
+
+def weight_bytes(shape: DecoderShape, *, layers: int, tp: int, first: bool, final_norm: bool, itemsize: int) -> int:
+    """Bytes of the weights of one rank of a stage of ``layers`` layers."""
+    parameters = layers * layer_parameters(shape, tp)
+    if first:
+        parameters += padded_vocab(shape, tp) // tp * shape.hidden_size
+    if final_norm:
+        parameters += shape.hidden_size
+    return parameters * itemsize
+
+
+def activation_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int) -> int:
+    """Upper estimate of what one layer has alive at its widest, for ``tokens`` (S x B) tokens on a rank: the
+    residual, its norm, gate-and-up, the gated activation and its input."""
+    return tokens * (3 * shape.hidden_size + 4 * (shape.ffn_hidden_size // tp)) * itemsize
+
+
+def store_bytes(*, rows: int, hidden_size: int, hook_points: int, itemsize: int) -> int:
+    """Bytes of the hidden states in a store, token table (12 bytes a row) included."""
+    return rows * (hidden_size * hook_points * itemsize + 12)

@@ -1,0 +1,130 @@
+"""How documents become microbatches: windows over long documents, grouping by length, padding or packing.
+
+The microbatches of a corpus depend on its document lengths and on the options here alone: not on the layout (but
+for the padding that sequence parallelism needs), and not on what has been done already.
+
+S: tokens along the sequence axis of one microbatch, padding included. B: sequences side by side in it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+GROUPED_MICROBATCHES = 64  # documents of about this many microbatches are sorted by length together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Consecutive rows that attend to each other: a document, or one window of a long one."""
+
+    first_row: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """What goes through the model at once.
+
+    index: number of the microbatch in the corpus. tokens: S. packed: the segments lie end to end in one sequence
+    (B = 1); otherwise one sequence each (B = number of segments), padded on the right.
+    """
+
+    index: int
+    segments: tuple[Segment, ...]
+    tokens: int
+    packed: bool
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return 1 if self.packed else len(self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the corpus in it, padding not counted."""
+        return sum(segment.length for segment in self.segments)
+
+    def places(self) -> Iterator[tuple[Segment, int, int]]:
+        """Each segment, the sequence that it is in (0 to B-1), and its first token there (0 to S-1)."""
+        if self.packed:
+            offsets = accumulate((segment.length for segment in self.segments), initial=0)
+            for segment, offset in zip(self.segments, offsets, strict=False):
+                yield segment, 0, offset
+        else:
+            for sequence, segment in enumerate(self.segments):
+                yield segment, sequence, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Options. batch_tokens: S x B at the most, unless one segment alone is longer. multiple_of: S is made a
+    multiple of it (the tp size, under sequence parallelism)."""
+
+    max_tokens: int
+    batch_tokens: int
+    packing: bool
+    multiple_of: int = 1
+
+    def padded(self, tokens: int) -> int:
+        """``tokens`` rounded up to the next permitted S."""
+        return -(-tokens // self.multiple_of) * self.multiple_of
+
+
+def segments(lengths: Iterable[int], max_tokens: int, first_row: int = 0) -> Iterator[Segment]:
+    """Documents, in order, as segments of at most ``max_tokens`` tokens; documents without tokens give none."""
+    for length in lengths:
+        for start in range(0, length, max_tokens):
+            yield Segment(first_row=first_row + start, length=min(max_tokens, length - start))
+        first_row += length
+
+
+def plan(lengths: Iterable[int], batching: Batching) -> Iterator[Microbatch]:
+    """Microbatches over documents of these lengths, lazily and in constant memory.
+
+    Segments are taken in groups of about ``GROUPED_MICROBATCHES`` microbatches, sorted by length within a group
+    (longest first, then by row), and filled in that order.
+    """
+    index = 0
+    for group in _groups(segments(lengths, batching.max_tokens), batching.batch_tokens * GROUPED_MICROBATCHES):
+        group.sort(key=lambda segment: (-segment.length, segment.first_row))
+        for members in _fill(group, batching):
+            total = sum(member.length for member in members) if batching.packing else members[0].length
+            yield Microbatch(
+                index=index, segments=tuple(members), tokens=batching.padded(total), packed=batching.packing
+            )
+            index += 1
+
+
+def _groups(stream: Iterable[Segment], group_tokens: int) -> Iterator[list[Segment]]:
+    group: list[Segment] = []
+    tokens = 0
+    for segment in stream:
+        group.append(segment)
+        tokens += segment.length
+        if tokens >= group_tokens:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def _fill(group: Sequence[Segment], batching: Batching) -> Iterator[list[Segment]]:
+    members: list[Segment] = []
+    tokens = 0  # sum of lengths where packed
+    for segment in group:
+        if batching.packing:
+            size = batching.padded(tokens + segment.length)
+        else:  # sorted, so the first member is the longest
+            size = batching.padded(members[0].length if members else segment.length) * (len(members) + 1)
+        if members and size > batching.batch_tokens:
+            yield members
+            members, tokens = [], 0
+        members.append(segment)
+        tokens += segment.length
+    if members:
+        yield members
+
+
+def replica_of(microbatch: Microbatch, dp: int) -> int:
+    """The data-parallel replica that runs it."""
+    return microbatch.index % dp

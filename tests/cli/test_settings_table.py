@@ -1,0 +1,36 @@
+"""Help drawn from conf/: whole, short, and the same as the dataclasses."""
+
+from omegaconf import OmegaConf
+
+from nemo_qwen_hidden.cli import known
+from nemo_qwen_hidden.cli.conf_folder import conf_folder
+from nemo_qwen_hidden.cli.settings_table import SettingHelp, presets_table, settings_table
+
+
+def test_every_setting_has_its_line_in_order() -> None:
+    assert [row.key for row in settings_table()] == list(known.kinds())
+
+
+def test_a_line_holds_the_default_and_the_meaning() -> None:
+    rows = {row.key: row for row in settings_table()}
+    assert rows["store.shard_rows"] == SettingHelp(
+        key="store.shard_rows", default="65536", help="rows (tokens) in one shard file"
+    )
+    assert rows["capture.hook_points"].default == "[all]"
+
+
+def test_every_line_of_a_default_is_a_setting() -> None:
+    texts = [(conf_folder() / group / "default.yaml").read_text(encoding="utf-8") for group in known.groups()]
+    lines = [line for text in texts for line in text.splitlines()]
+    assert len(lines) == len(settings_table())
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_folder_holds_the_known_groups_and_no_more() -> None:
+    assert sorted(path.name for path in conf_folder().iterdir()) == sorted([*known.groups(), "config.yaml"])
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml")["defaults"])
+    assert defaults == [*({group: "default"} for group in known.groups()), "_self_"]
+
+
+def test_groups_with_presets() -> None:
+    assert list(presets_table()) == ["parallel", "capture", "precision"]
