@@ -1,0 +1,142 @@
+"""Bringing local slices together: on one rank, or as a tensor per hook point.
+
+What each rank holds follows from the microbatches and the topology alone, so nothing is negotiated: sender and
+receiver walk the same list in the same order.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_qwen_hidden.capture.taps import LocalSlice
+from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.parallel.groups import ProcessGroups
+from nemo_qwen_hidden.plan.microbatches import Microbatch, replica_of
+from nemo_qwen_hidden.plan.slices import Run, runs_within, stripe
+from nemo_qwen_hidden.plan.stages import stage_of
+from nemo_qwen_hidden.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """A slice that exists somewhere: what it is and which rank has it."""
+
+    hook_point: HookPoint
+    microbatch: int
+    rank: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalStates:
+    """The states that one rank holds, without gathering: values [n, hidden], and for each row the index of its
+    sequence in the batch and its position there, both int64 [n]."""
+
+    values: Tensor
+    sequence: Tensor
+    position: Tensor
+
+
+class SliceBuffer:
+    """A sink that keeps slices in memory until they are asked for."""
+
+    def __init__(self) -> None:
+        self._slices: dict[tuple[HookPoint, int], LocalSlice] = {}
+
+    def __call__(self, piece: LocalSlice) -> None:
+        self._slices[piece.hook_point, piece.microbatch] = piece
+
+    def take(self, point: HookPoint, microbatch: int) -> LocalSlice:
+        """Hands a slice over and forgets it."""
+        return self._slices.pop((point, microbatch))
+
+    def of(self, point: HookPoint) -> list[LocalSlice]:
+        """Slices of one hook point, in the order of the microbatches."""
+        pieces = [piece for (kept, _), piece in self._slices.items() if kept == point]
+        return sorted(pieces, key=lambda piece: piece.microbatch)
+
+
+def holdings(
+    microbatches: Iterable[Microbatch], points: Sequence[HookPoint], stages: Sequence[range], topology: Topology
+) -> Iterator[Holding]:
+    """Every slice of these microbatches and the rank that has it, in one order that all ranks agree on."""
+    for microbatch in microbatches:
+        stripes = [stripe(microbatch.tokens, part=part, parts=topology.tp) for part in range(topology.tp)]
+        for point in points:
+            for part, tokens in enumerate(stripes):
+                runs = tuple(runs_within(microbatch, tokens))
+                rank = topology.rank(tp=part, dp=replica_of(microbatch, topology.dp), pp=stage_of(point, stages))
+                if runs:
+                    yield Holding(hook_point=point, microbatch=microbatch.index, rank=rank, runs=runs)
+
+
+def gather_slices(
+    held: SliceBuffer, expected: Iterable[Holding], groups: ProcessGroups, *, hidden_size: int, dtype: torch.dtype
+) -> Iterator[LocalSlice]:
+    """Yields every slice of ``expected`` on rank 0, one at a time; nothing on the others. Collective over all ranks.
+
+    Has to be run to its end on every rank.
+    """
+    rank = groups.place.rank
+    for holding in expected:
+        if rank == 0 and holding.rank == 0:
+            yield held.take(holding.hook_point, holding.microbatch)
+        elif rank == 0:
+            rows = sum(run.length for run in holding.runs)
+            values = torch.empty(rows, hidden_size, dtype=dtype, device=groups.device)
+            dist.recv(values, group=groups.world, group_src=holding.rank)
+            yield LocalSlice(
+                hook_point=holding.hook_point, microbatch=holding.microbatch, runs=holding.runs, values=values
+            )
+        elif rank == holding.rank:
+            dist.send(held.take(holding.hook_point, holding.microbatch).values, group=groups.world, group_dst=0)
+
+
+class BatchAssembler:
+    """Puts rows back where their tokens stood in a batch of ragged sequences; a row is the token's number among all
+    tokens of the batch, sequence after sequence, padding not counted."""
+
+    def __init__(self, lengths: Sequence[int], tokens: int) -> None:
+        self._lengths, self._tokens = lengths, tokens
+        self._first_rows = [sum(lengths[:index]) for index in range(len(lengths))]
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """Sequence and position of a row."""
+        sequence = bisect_right(self._first_rows, row) - 1
+        return sequence, row - self._first_rows[sequence]
+
+    def assemble(
+        self, slices: Iterable[LocalSlice], points: Sequence[HookPoint], like: Tensor, hidden_size: int
+    ) -> dict[HookPoint, Tensor]:
+        """{hook point: [batch, tokens, hidden]}, zero where there is padding; dtype and device of ``like``."""
+        size = (len(self._lengths), self._tokens, hidden_size)
+        whole = {point: like.new_zeros(size) for point in points}
+        for piece in slices:
+            rows = piece.values.split([run.length for run in piece.runs])
+            for run, values in zip(piece.runs, rows, strict=True):
+                sequence, position = self.place_of(run.first_row)
+                whole[piece.hook_point][sequence, position : position + run.length] = values
+        return whole
+
+    def local(
+        self, held: Mapping[HookPoint, Sequence[LocalSlice]], like: Tensor, hidden_size: int
+    ) -> dict[HookPoint, LocalStates]:
+        """What this rank holds itself, with the place of each row."""
+        found = {}
+        for point, slices in held.items():
+            runs = [run for piece in slices for run in piece.runs]
+            places = [(*self.place_of(run.first_row), run.length) for run in runs]
+            found[point] = LocalStates(
+                values=torch.cat([like.new_empty(0, hidden_size), *(piece.values for piece in slices)]),
+                sequence=torch.tensor(
+                    [sequence for sequence, _, length in places for _ in range(length)], dtype=torch.int64
+                ),
+                position=torch.tensor(
+                    [position + step for _, position, length in places for step in range(length)], dtype=torch.int64
+                ),
+            )
+        return found

@@ -1,0 +1,118 @@
+"""NeMo's configuration of a Qwen2 whose stages end in hidden states."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from megatron.core.transformer.spec_utils import build_module
+from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
+
+from nemo_qwen_hidden.checkpoint.architecture import Architecture
+from nemo_qwen_hidden.model.spec import decoder_spec
+from nemo_qwen_hidden.plan.footprint import padded_vocab
+from nemo_qwen_hidden.plan.stages import split_layers
+from nemo_qwen_hidden.topology import Topology
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Qwen2HiddenConfig(Qwen2Config):
+    """A Qwen2 without an output layer, unless ``output_layer`` asks for NeMo's usual model (for fine-tuning).
+
+    num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
+    final norm follows.
+    """
+
+    transformer_layer_spec: Callable[..., Any] = decoder_spec
+    output_layer: bool = False
+    final_norm: bool = True
+
+    def configure_model(
+        self,
+        tokenizer: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MCoreGPTModel:
+        """This rank's stage. With ``post_process`` disabled Megatron builds no output layer, but no final norm
+        either; the norm is put back on the last stage, so that the decoder's output is the normed state."""
+        if self.output_layer:
+            return super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
+        spec = self.transformer_layer_spec(self, vp_stage=vp_stage or 0)
+        model = MCoreGPTModel(
+            self,
+            transformer_layer_spec=spec,
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.seq_length,
+            pre_process=first if pre_process is None else pre_process,
+            post_process=False,
+            position_embedding_type="rope",
+            rotary_base=self.rotary_base,
+            vp_stage=vp_stage,
+        )
+        if last and self.final_norm:
+            model.decoder.final_layernorm = build_module(
+                spec.layer_norm, config=self, hidden_size=self.hidden_size, eps=self.layernorm_epsilon
+            )
+        return model
+
+
+def configure(
+    architecture: Architecture, topology: Topology, *, dtype: str, num_layers: int, final_norm: bool
+) -> Qwen2HiddenConfig:
+    """NeMo's configuration for the first ``num_layers`` layers of a checkpoint in a layout.
+
+    Megatron's default stages need a number of layers that pp divides; the layout of ``split_layers`` is given to it
+    explicitly, so that it holds for any number.
+    """
+    shape, compute = architecture.shape, TORCH_DTYPES[dtype]
+    gpu = torch.cuda.is_available()
+    return Qwen2HiddenConfig(
+        num_layers=num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        vocab_size=padded_vocab(shape, topology.tp),
+        seq_length=architecture.max_positions,
+        layernorm_epsilon=architecture.norm_epsilon,
+        rotary_base=architecture.rotary_base,
+        share_embeddings_and_output_weights=architecture.tied,
+        final_norm=final_norm,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        pipeline_model_parallel_layout=_layout(num_layers, topology.pp),
+        sequence_parallel=topology.sp,
+        params_dtype=compute,
+        pipeline_dtype=compute,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        # weights are read from files, straight into uninitialised parameters
+        perform_initialization=False,
+        use_cpu_initialization=not gpu,
+        # megatron-core 0.16.1's fused kernels are CUDA's; each falls back or fails on a CPU
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=gpu,
+        batch_p2p_sync=gpu,
+    )
+
+
+def _layout(num_layers: int, pp: int) -> list[list[str]] | None:
+    """Megatron's ``pipeline_model_parallel_layout`` for ``split_layers``; None on a single stage."""
+    if pp == 1:
+        return None
+    stages = [["decoder"] * len(layers) for layers in split_layers(num_layers, pp)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages

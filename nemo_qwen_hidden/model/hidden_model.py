@@ -1,0 +1,282 @@
+"""Qwen2HiddenModel: NeMo's Qwen2 whose stages give hidden states instead of logits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from nemo import lightning as _  # noqa: F401 - before nemo.core, or its registry misses the tokenizer (NeMo 2.7.3)
+from nemo.collections.llm.gpt.model.qwen2 import Qwen2Model
+from torch import Tensor
+
+from nemo_qwen_hidden.capture.gather import BatchAssembler, LocalStates, SliceBuffer, gather_slices, holdings
+from nemo_qwen_hidden.capture.pipeline import Pipeline, TokenRows
+from nemo_qwen_hidden.capture.taps import Sink
+from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
+from nemo_qwen_hidden.checkpoint.locate import locate
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.errors import ConfigError, raise_all
+from nemo_qwen_hidden.hookpoint import HookPoint, expand
+from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
+from nemo_qwen_hidden.model.weights import load_weights
+from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
+from nemo_qwen_hidden.parallel.host import megatron_on_host
+from nemo_qwen_hidden.plan.microbatches import Batching, Microbatch, plan, replica_of
+from nemo_qwen_hidden.plan.stages import split_layers
+from nemo_qwen_hidden.topology import model_problems
+
+Gather = Literal["rank0", "all", "none"]
+
+
+class Qwen2HiddenModel(Qwen2Model):
+    """One rank's stage of a Qwen2 or Qwen2.5, under any layout of tensor, pipeline, sequence and data parallelism.
+
+    ``forward`` keeps NeMo's signature and gives decoder outputs; ``hidden_states`` gives the states of any hook point.
+    A LightningModule like its parent, with NeMo's optimizer and data steps, so that it can be fine-tuned where
+    its configuration says ``output_layer=True``.
+    """
+
+    config: Qwen2HiddenConfig
+
+    def __init__(self, config: Qwen2HiddenConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.architecture: Architecture | None = None
+        self._groups: ProcessGroups | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        groups: ProcessGroups | None = None,
+        dtype: str = "fp32",
+        num_layers: int | None = None,
+        final_norm: bool = True,
+    ) -> "Qwen2HiddenModel":
+        """Builds this rank's stage of a Hugging Face checkpoint and reads its weights. Collective over all ranks
+        where ``groups`` is None.
+
+        Args:
+            path: a folder with config.json and safetensors, or a hub id; None is the embedded demo model.
+            groups: where this rank stands. None joins the process groups that there are, or makes a single rank's.
+            dtype: of weights and activations: fp32, bf16 or fp16.
+            num_layers: keep only the first so many layers; the pipeline is then split over these.
+            final_norm: keep the final norm; only with all layers.
+
+        Raises:
+            CheckpointError: something of the checkpoint is missing or has the wrong shape.
+            UnsupportedModelError: a model that would not be reproduced exactly.
+            ConfigError: the model cannot run in this layout.
+        """
+        folder = locate(None if path is None else str(path))
+        architecture = read_architecture(folder)
+        if groups is None:
+            groups = current_groups() if has_groups() else one_rank()
+        shape = architecture.shape
+        layers = shape.num_layers if num_layers is None else num_layers
+        _check(architecture, groups, dtype=dtype, num_layers=layers)
+        files = TensorFiles.of(folder)
+        files.check(shape)
+        keeps_norm = final_norm and layers == shape.num_layers
+        config = configure(architecture, groups.topology, dtype=dtype, num_layers=layers, final_norm=keeps_norm)
+        model = cls(config)
+        with megatron_on_host():
+            model.configure_model()
+        model.to(groups.device)
+        with files.reader() as reader:
+            load_weights(model.module, reader, shape, groups.place)
+        model.architecture, model._groups = architecture, groups
+        model.eval()
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Decoder outputs of this stage, [S, B, hidden]: on the last stage after the final norm, else before it.
+
+        Megatron is sequence-first; under sequence parallelism S is this rank's stripe, S / tp. With ``labels``
+        the loss [B, S], as in NeMo; that needs ``output_layer=True`` in the configuration.
+
+        Raises:
+            ConfigError: labels without an output layer.
+        """
+        if labels is not None and not self.config.output_layer:
+            raise ConfigError("labels", "need a model that was configured with `output_layer=True`", "no output layer")
+        module = self.module
+        post_process = module.post_process
+        module.post_process = labels is not None and post_process
+        try:
+            with megatron_on_host():
+                output: Tensor = super().forward(
+                    input_ids, position_ids, attention_mask, labels, decoder_input, inference_context, packed_seq_params
+                )
+                return output
+        finally:
+            module.post_process = post_process
+
+    @property
+    def groups(self) -> ProcessGroups:
+        """Where this rank stands. For a model that NeMo built, the first call is collective over all ranks."""
+        if self._groups is None:
+            self._groups = current_groups(sp=self.config.sequence_parallel)
+        return self._groups
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """Layer indices of every pipeline stage."""
+        return split_layers(self.config.num_layers, self.config.pipeline_model_parallel_size)
+
+    def capture(
+        self,
+        microbatches: Iterable[Microbatch],
+        tokens: TokenRows,
+        *,
+        points: Sequence[HookPoint],
+        sink: Sink,
+        done: Callable[[Microbatch], None] = lambda microbatch: None,
+    ) -> None:
+        """Runs those of ``microbatches`` that fall to this replica; every slice goes to ``sink`` on the rank that
+        holds it. Collective over the pp group.
+
+        tokens: (first row, length) to token ids [length]. done: called after each microbatch of this rank.
+        """
+        place = self.groups.place
+        mine = (each for each in microbatches if replica_of(each, place.topology.dp) == place.dp)
+        Pipeline(self.module, self.groups, stages=self.stages, points=points).run(mine, tokens, sink, done)
+
+    @overload
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        hook_points: str | Sequence[str],
+        gather: Literal["none"],
+        lengths: Sequence[int] | Tensor | None = ...,
+        batch_tokens: int = ...,
+        packing: bool = ...,
+    ) -> dict[HookPoint, LocalStates]: ...
+
+    @overload
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        hook_points: str | Sequence[str],
+        gather: Literal["rank0", "all"] = ...,
+        lengths: Sequence[int] | Tensor | None = ...,
+        batch_tokens: int = ...,
+        packing: bool = ...,
+    ) -> dict[HookPoint, Tensor]: ...
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        hook_points: str | Sequence[str],
+        gather: Gather = "rank0",
+        lengths: Sequence[int] | Tensor | None = None,
+        batch_tokens: int = 4096,
+        packing: bool = True,
+    ) -> dict[HookPoint, Tensor] | dict[HookPoint, LocalStates]:
+        """Hidden states of a batch of ragged sequences. Collective over all ranks, which all pass the same arguments.
+
+        Args:
+            input_ids: [batch, tokens] integers, padded on the right; what the padding is does not matter.
+            hook_points: such as ``["embed", "resid_post@12", "resid_post@0:24:6", "final_norm"]`` or ``"all"``.
+            gather: who gets the whole: ``rank0``, ``all`` ranks, or ``none``: each rank keeps what it holds.
+            lengths: tokens of each sequence; None where none is padded.
+            batch_tokens, packing: how the batch is cut into microbatches; the result does not depend on them.
+
+        Returns:
+            {HookPoint: [batch, tokens, hidden]} in the compute dtype, zero where there is padding, on the ranks asked
+            for and {} on the others; with ``none`` {HookPoint: LocalStates} of the hook points of this stage.
+
+        Raises:
+            ConfigError: a hook point that the model lacks, or arguments that do not fit each other.
+        """
+        points = self._points(hook_points)
+        ragged = _lengths(input_ids, lengths, self._vocab_size)
+        if self.architecture is not None:
+            self.architecture.require_length(max(ragged), "input_ids")
+        if gather not in ("rank0", "all", "none"):
+            raise ConfigError("gather", "must be `rank0`, `all` or `none`", gather)
+        topology, hidden = self.groups.topology, self.config.hidden_size
+        batching = Batching(
+            max_tokens=input_ids.shape[1],
+            batch_tokens=batch_tokens,
+            packing=packing,
+            multiple_of=topology.tp if topology.sp else 1,
+        )
+        microbatches = list(plan(ragged, batching))
+        rows = torch.cat([input_ids[index, :length].cpu() for index, length in enumerate(ragged)])
+        buffer = SliceBuffer()
+        self.capture(microbatches, lambda first, length: rows[first : first + length], points=points, sink=buffer)
+        assembler = BatchAssembler(ragged, input_ids.shape[1])
+        like = torch.empty(0, dtype=self.config.params_dtype, device=self.groups.device)
+        if gather == "none":
+            held = {point: buffer.of(point) for point in points}
+            return assembler.local({point: kept for point, kept in held.items() if kept}, like, hidden)
+        expected = holdings(microbatches, points, self.stages, topology)
+        slices = gather_slices(buffer, expected, self.groups, hidden_size=hidden, dtype=like.dtype)
+        whole = assembler.assemble(
+            slices, points if gather == "all" or self.groups.place.rank == 0 else (), like, hidden
+        )
+        if gather == "all":
+            for point in points:
+                dist.broadcast(whole[point], group=self.groups.world, group_src=0)
+        return whole
+
+    @property
+    def _vocab_size(self) -> int:
+        """Without the padding that tensor parallelism adds."""
+        return self.config.vocab_size if self.architecture is None else self.architecture.shape.vocab_size
+
+    def _points(self, hook_points: str | Sequence[str]) -> tuple[HookPoint, ...]:
+        points = expand(hook_points, num_layers=self.config.num_layers, setting="hook_points")
+        if not self.config.final_norm and any(point.normed for point in points):
+            raise ConfigError(
+                "hook_points", "must leave out `final_norm`: this model was built without it", hook_points
+            )
+        return points
+
+
+def _check(architecture: Architecture, groups: ProcessGroups, *, dtype: str, num_layers: int) -> None:
+    shape = architecture.shape
+    if dtype not in TORCH_DTYPES:
+        raise ConfigError("dtype", f"must be one of {', '.join(TORCH_DTYPES)}", dtype)
+    if not 1 <= num_layers <= shape.num_layers:
+        raise ConfigError("num_layers", f"must be from 1 to {shape.num_layers}", num_layers)
+    raise_all(
+        model_problems(
+            groups.topology,
+            num_layers=num_layers,
+            num_heads=shape.num_heads,
+            num_query_groups=shape.num_query_groups,
+            ffn_hidden_size=shape.ffn_hidden_size,
+        )
+    )
+
+
+def _lengths(input_ids: Tensor, lengths: Sequence[int] | Tensor | None, vocab_size: int) -> list[int]:
+    """Tokens of each sequence, checked against the batch."""
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
+        raise ConfigError("input_ids", "must be integers of shape [batch, tokens]", list(input_ids.shape))
+    ragged = [input_ids.shape[1]] * input_ids.shape[0] if lengths is None else [int(length) for length in lengths]
+    if len(ragged) != input_ids.shape[0] or not all(1 <= length <= input_ids.shape[1] for length in ragged):
+        rule = f"must be {input_ids.shape[0]} integers from 1 to {input_ids.shape[1]}"
+        raise ConfigError("lengths", rule, ragged)
+    for index, length in enumerate(ragged):
+        used = input_ids[index, :length]
+        if int(used.min()) < 0 or int(used.max()) >= vocab_size:
+            raise ConfigError(
+                "input_ids", f"must hold token ids from 0 to {vocab_size - 1} (sequence {index})", int(used.max())
+            )
+    return ragged

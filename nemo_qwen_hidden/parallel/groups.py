@@ -1,0 +1,138 @@
+"""Process groups of one rank, as a value that is passed down; Megatron's global parallel state is touched only here."""
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from nemo_qwen_hidden.errors import ConfigError
+from nemo_qwen_hidden.parallel.host import device
+from nemo_qwen_hidden.topology import Place, Topology
+
+TIMEOUT_SECS = 600
+CONTROL_TIMEOUT_DAYS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessGroups:
+    """Where this rank stands, and the groups that it is in.
+
+    world: all ranks. tp: the ranks that share this rank's layers and documents. pp: the stages of its replica.
+    control: all ranks, on the CPU, for small values; it waits for days, since a rank may tokenize for hours.
+    """
+
+    place: Place
+    world: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    control: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def topology(self) -> Topology:
+        return self.place.topology
+
+
+@contextmanager
+def process_groups(
+    topology: Topology, *, rank: int | None = None, init_method: str | None = None, timeout_secs: float = TIMEOUT_SECS
+) -> Iterator[ProcessGroups]:
+    """Makes the process groups of ``topology`` and takes them away again. Collective over all ranks.
+
+    Without ``rank``: under torchrun its environment is used; otherwise the topology must have one rank.
+    ``init_method`` is torch.distributed's, such as ``file:///...``.
+
+    Raises:
+        ConfigError: the ranks that there are do not match the topology, or process groups exist already.
+    """
+    if dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed",
+            "must not be initialised yet; use current_groups() to join what is there",
+            "initialised",
+        )
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if rank is None and not launched and topology.world > 1:
+        raise ConfigError(
+            "parallel", "must be one rank in a process that no launcher started (use torchrun)", str(topology)
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank or 0)) % torch.cuda.device_count())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_secs)
+    if rank is not None:
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=topology.world, timeout=timeout)
+    elif launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield _make_groups(topology, timeout_secs)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def current_groups(*, sp: bool = False) -> ProcessGroups:
+    """The groups that Megatron's parallel state has now, such as those of a NeMo training run. Collective over all
+    ranks: makes the control group.
+
+    ``sp``: whether the model splits the sequence over the tp axis, which the parallel state does not know.
+
+    Raises:
+        ConfigError: there are none, or they use an axis that this release does not support.
+    """
+    if not has_groups():
+        raise ConfigError("process groups", "must have been made, e.g. with `process_groups(Topology(tp=2))`", None)
+    for axis, size in (
+        ("context", parallel_state.get_context_parallel_world_size()),
+        ("virtual pipeline", parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
+    ):
+        if size > 1:
+            raise ConfigError(f"{axis} parallel size", "must be 1 in this release", size)
+    tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    world = dist.group.WORLD
+    if world is None or tp is None or pp is None:
+        raise ConfigError("process groups", "must include this rank in a tp and a pp group", None)
+    topology = Topology(tp=tp.size(), pp=pp.size(), dp=dist.get_world_size() // (tp.size() * pp.size()), sp=sp)
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=CONTROL_TIMEOUT_DAYS))
+    return ProcessGroups(
+        place=topology.at(dist.get_rank()), world=world, tp=tp, pp=pp, control=control, device=device()
+    )
+
+
+def has_groups() -> bool:
+    """Whether this process has process groups and Megatron's parallel state."""
+    return dist.is_initialized() and parallel_state.is_initialized()
+
+
+def one_rank() -> ProcessGroups:
+    """Process groups of a single rank that last as long as the process, for interactive use."""
+    stack = ExitStack()
+    groups = stack.enter_context(process_groups(Topology()))
+    atexit.register(stack.close)
+    return groups
+
+
+def _make_groups(topology: Topology, timeout_secs: float) -> ProcessGroups:
+    if dist.get_world_size() != topology.world:
+        raise ConfigError(
+            "parallel", f"must multiply to the number of ranks started ({dist.get_world_size()})", str(topology)
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        distributed_timeout_minutes=max(1, round(timeout_secs / 60)),
+    )
+    # Megatron's own switch to a tracker whose fork does nothing: a forward without dropout draws no random numbers,
+    # and the default tracker (tensor_parallel/random.py:248) wants a CUDA generator seeded first.
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    return current_groups(sp=topology.sp)

@@ -1,0 +1,213 @@
+"""Starting ranks on this machine from a fork server that has imported NeMo once, and ending them together.
+
+No NeMo, no torch here: the process that starts the ranks owns the terminal and stays light.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from nemo_qwen_hidden.errors import HiddenStatesError, RankError, UserError
+
+PRELOAD = ("nemo_qwen_hidden.model.hidden_model",)
+GRACE_SECS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What a started rank knows of itself. ``send`` hands an event (anything that pickles) to the starter."""
+
+    rank: int
+    world: int
+    init_method: str
+    send: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class _Result:
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: UserError | None
+    text: str
+
+
+Target = Callable[..., Any]
+
+
+def launched_world() -> int | None:
+    """Number of ranks that torchrun, or another launcher with its environment, has started; None without one."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+
+
+def warm_up(log: Path) -> None:
+    """Starts the fork server, which begins to import NeMo, and returns at once. What it prints goes to ``log``."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    with output_to(log):
+        forkserver.ensure_running()
+
+
+def run_ranks(
+    target: Target,
+    args: Sequence[Any] = (),
+    *,
+    world: int,
+    log: Path,
+    on_event: Callable[[int, Any], None] = lambda rank, event: None,
+) -> list[Any]:
+    """Calls ``target(rank, *args)`` in ``world`` new processes and returns what each returned, by rank.
+
+    The first rank to fail ends all of them. Ranks get no terminal: what they print is appended to ``log``.
+
+    Raises:
+        UserError: what a rank raised, as it was.
+        RankError: a rank failed otherwise, or vanished; its traceback is in ``log``.
+        KeyboardInterrupt: after the ranks were ended.
+    """
+    warm_up(log)
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory(prefix="nemo_qwen_hidden-") as folder:
+        ranks: list[tuple[ForkServerProcess, Connection]] = []
+        finished = False
+        try:
+            for rank in range(world):
+                here, there = context.Pipe(duplex=False)
+                start = (rank, world, f"file://{folder}/rendezvous", there, log, target, tuple(args))
+                process = context.Process(target=_main, args=start, daemon=True)
+                process.start()
+                there.close()
+                ranks.append((process, here))
+            results = _Collector(ranks, on_event).results()
+            finished = True
+            return results
+        finally:
+            _end([process for process, _ in ranks], ask_first=not finished)
+            for _, connection in ranks:
+                connection.close()
+
+
+def _main(
+    rank: int, world: int, init_method: str, pipe: Connection, log: Path, target: Target, args: tuple[Any, ...]
+) -> None:
+    """In the rank. Ctrl-C reaches the whole foreground group; the starter decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _dup_log(log)
+    try:
+        result = target(Rank(rank=rank, world=world, init_method=init_method, send=pipe.send), *args)
+        pipe.send(_Result(result))
+    except BaseException as error:
+        traceback.print_exc()
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        pipe.send(_Failure(error if isinstance(error, UserError) else None, last_line))
+        sys.stderr.flush()
+        os._exit(1)  # peers may be gone already: tearing process groups down could wait for them
+    finally:
+        pipe.close()
+
+
+class _Collector:
+    """Listens to all ranks until each has returned or one has failed."""
+
+    def __init__(
+        self, ranks: Sequence[tuple[ForkServerProcess, Connection]], on_event: Callable[[int, Any], None]
+    ) -> None:
+        self._processes = [process for process, _ in ranks]
+        self._pipes = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
+        self._on_event = on_event
+        self._results: dict[int, Any] = {}
+        self._failures: list[HiddenStatesError] = []
+        self._vanished: list[HiddenStatesError] = []
+
+    def results(self) -> list[Any]:
+        while len(self._results) < len(self._processes):
+            self._listen(timeout=None)
+            if self._failures or self._vanished:
+                raise self._root_cause()
+        return [self._results[rank] for rank in range(len(self._processes))]
+
+    def _root_cause(self) -> HiddenStatesError:
+        """When one rank goes, its peers soon report a lost connection, perhaps first. What a user did wrong explains
+        more than a rank that vanished, and that more than a traceback."""
+        deadline = time.monotonic() + GRACE_SECS
+        while not self._user_errors() and self._pipes and (left := deadline - time.monotonic()) > 0:
+            self._listen(timeout=left)
+        return [*self._user_errors(), *self._vanished, *self._failures][0]
+
+    def _user_errors(self) -> list[HiddenStatesError]:
+        return [failure for failure in self._failures if isinstance(failure, UserError)]
+
+    def _listen(self, timeout: float | None) -> None:
+        for pipe in wait(list(self._pipes), timeout):
+            assert isinstance(pipe, Connection)
+            rank = self._pipes[pipe]
+            try:
+                event = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                del self._pipes[pipe]
+                self._ended(rank)
+                continue
+            if isinstance(event, _Result):
+                self._results[rank] = event.value
+            elif isinstance(event, _Failure):
+                self._failures.append(event.error or RankError(f"rank {rank} failed: {event.text}"))
+                del self._pipes[pipe]
+            else:
+                self._on_event(rank, event)
+
+    def _ended(self, rank: int) -> None:
+        if rank not in self._results:
+            self._processes[rank].join(GRACE_SECS)
+            code = self._processes[rank].exitcode
+            self._vanished.append(RankError(f"rank {rank} ended without a word (exit code {code})"))
+
+
+def _end(processes: Sequence[ForkServerProcess], *, ask_first: bool) -> None:
+    """Ranks that have returned end by themselves; others are asked, then made to."""
+    steps = [ForkServerProcess.terminate, ForkServerProcess.kill]
+    for step in steps if ask_first else [None, *steps]:
+        alive = [process for process in processes if process.is_alive()]
+        deadline = time.monotonic() + GRACE_SECS
+        for process in alive:
+            if step is not None:
+                step(process)
+        for process in alive:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+
+def _dup_log(log: Path) -> None:
+    """Makes ``log`` this process's file descriptors 1 and 2."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """While entered, file descriptors 1 and 2 of this process, and of processes it starts, are ``log``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    try:
+        _dup_log(log)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for original, descriptor in zip(saved, (1, 2), strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)

@@ -1,0 +1,39 @@
+"""Fixtures that all rooms share."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Start = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path) -> Start:
+    """``start_ranks(world, target, *args)``: what ``target(rank, *args)`` returned on each rank."""
+    from nemo_qwen_hidden.parallel.launch import run_ranks
+
+    def start(world: int, target: Callable[..., Any], *args: Any) -> list[Any]:
+        return run_ranks(target, args, world=world, log=tmp_path / "ranks.log")
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Folders of the models in ``TINY``."""
+    from tests.support.models import TINY, save_tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    return {tiny: save_tiny(root / tiny.name, tiny) for tiny in TINY}
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Whatever starts ranks is marked so."""
+    for item in items:
+        if "start_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("distributed")

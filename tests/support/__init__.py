@@ -1,0 +1,1 @@
+"""What several tests share: tiny random models, transformers as the reference, functions that ranks run."""

@@ -1,0 +1,161 @@
+"""Functions that ranks run in tests; importable, because the fork server looks them up by name."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.topology import Topology
+from tests.support.models import Batch
+
+EVERYTHING = ("embed", "all", "final_norm")
+
+
+def gathered(
+    rank: Rank,
+    topology: Topology,
+    folders: Sequence[Path],
+    batch: Batch,
+    options: Sequence[dict[str, Any]],
+    dtype: str = "fp32",
+) -> Any:
+    """For each model, for each set of options, ``hidden_states`` as this rank gets them, in fp32."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    found = []
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+        for folder in folders:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, dtype=dtype)
+            found.append([_numpy(model, batch, chosen) for chosen in options])
+        dist.barrier()
+    return found
+
+
+def _numpy(model: Any, batch: Batch, options: dict[str, Any]) -> dict[HookPoint, Any]:
+    states = model.hidden_states(batch.input_ids, lengths=batch.lengths, **{"hook_points": EVERYTHING, **options})
+    return {point: state.float().numpy() for point, state in states.items()}
+
+
+def local_and_all(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:
+    """``gather="none"`` and ``gather="all"`` of the same batch, as this rank gets them."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        local = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=EVERYTHING, gather="none")
+        whole = _numpy(model, batch, {"gather": "all"})
+        dist.barrier()
+    held = {p: (s.values.numpy(), s.sequence.numpy(), s.position.numpy()) for p, s in local.items()}
+    return held, whole
+
+
+def layers_computed(rank: Rank, topology: Topology, folder: Path, batch: Batch, hook_points: Sequence[Any]) -> Any:
+    """For each set of hook points, Megatron's numbers of the layers that this rank ran, whether it ran the final norm,
+    and whether the model is afterwards as it was."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    found = []
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups).train()
+        decoder, ran = model.module.decoder, []
+        for layer in decoder.layers:
+            layer.register_forward_hook(lambda module, *_: ran.append(module.layer_number))
+        if decoder.final_layernorm is not None:
+            decoder.final_layernorm.register_forward_hook(lambda *_: ran.append("norm"))
+        hooks = _hooks(model)
+        for points in hook_points:
+            ran.clear()
+            model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=points)
+            restored = _hooks(model) == hooks and all(module.training for module in model.modules())
+            found.append((list(ran), restored))
+        dist.barrier()
+    return found
+
+
+def _hooks(model: Any) -> list[int]:
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
+def stored(rank: Rank, job: Any, begun: Any) -> Any:
+    """The ranks' part of an extraction with one thread each."""
+    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    with process_groups(job.topology, rank=rank.rank, init_method=rank.init_method) as groups:
+        return extract.run(job, begun, groups)
+
+
+def forward_outputs(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:
+    """NeMo's own call of the model, ``forward(input_ids, position_ids, attention_mask)``, on a single stage."""
+    from nemo_qwen_hidden.errors import ConfigError
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    ids = batch.input_ids
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool().expand(len(ids), 1, -1, -1)
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups, torch.no_grad():
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        causal, masked = model(ids, positions), model(ids, positions, future)
+        refused = ""
+        try:
+            model(ids, positions, labels=ids)
+        except ConfigError as error:
+            refused = str(error)
+        dist.barrier()
+    return causal.numpy(), masked.numpy(), refused
+
+
+def runs_ahead(rank: Rank, folder: Path, batch: Batch, meeting: Path) -> list[int]:
+    """On two stages: the second holds its first microbatch back until the first has done three. Returns the order in
+    which this stage's microbatches were done."""
+    from nemo_qwen_hidden.hookpoint import HookPoint
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.plan.microbatches import Batching, Microbatch, plan
+
+    torch.set_num_threads(1)
+    store, order = dist.FileStore(str(meeting), 2), []
+    microbatches = list(plan(batch.lengths, Batching(max_tokens=64, batch_tokens=1, packing=False)))
+    rows = torch.cat([ids[:length] for ids, length in zip(batch.input_ids, batch.lengths, strict=True)])
+
+    def done(microbatch: Microbatch) -> None:
+        order.append(microbatch.index)
+        store.set(f"{rank.rank}/{microbatch.index}", "done")
+
+    def hold_back(piece: Any) -> None:
+        if piece.microbatch == 0:
+            store.wait(["0/2"], timedelta(seconds=60))
+
+    with process_groups(Topology(pp=2), rank=rank.rank, init_method=rank.init_method) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        last = HookPoint("resid_post", model.config.num_layers - 1)
+        model.capture(microbatches, lambda first, n: rows[first : first + n], points=[last], sink=hold_back, done=done)
+        dist.barrier()
+    return order
+
+
+def loaded(rank: Rank, topology: Topology, folder: Path, dtype: str) -> tuple[int, int, list[str]]:
+    """Bytes of this rank's parameters, peak growth of its own (anonymous) memory while they were read, and names."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from tests.support.memory import PeakAnonymous
+
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+        with PeakAnonymous() as peak:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, dtype=dtype)
+        dist.barrier()
+    parameters = dict(model.named_parameters())
+    return sum(p.numel() * p.element_size() for p in parameters.values()), peak.growth_bytes, list(parameters)
