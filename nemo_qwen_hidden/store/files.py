@@ -1,0 +1,103 @@
+"""Files that are there whole or not at all, and that never lie outside the store's folder."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from nemo_qwen_hidden.errors import StoreError
+from nemo_qwen_hidden.store.format import TEMPORARY
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_name(name: str, *, setting: str) -> str:
+    """``name``, a file's path relative to the store's folder, in POSIX form.
+
+    Raises:
+        StoreError: absolute, or with ``..`` or anything else that is not a plain name; names ``setting``.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+        raise StoreError(setting, "must be a plain path inside the store's folder", name)
+    return name
+
+
+def open_inside(folder: Path, name: str) -> int:
+    """A descriptor, for reading, of regular file ``name`` of a store; the caller closes it.
+
+    ``folder`` may be a symbolic link; below it none is followed, so nothing outside is ever opened.
+
+    Raises:
+        StoreError: the file is absent, cannot be read, is not a regular file, or a symbolic link stands on the way.
+    """
+    rule = "must be a regular file, reached through no symbolic link, that can be read"
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for ever at a pipe
+    try:
+        descriptor = os.open(folder, flags | os.O_DIRECTORY)
+        for part in PurePosixPath(name).parts:
+            above = descriptor
+            try:
+                descriptor = os.open(part, flags | os.O_NOFOLLOW, dir_fd=above)
+            finally:
+                os.close(above)
+    except OSError as error:
+        raise StoreError(str(folder / name), rule, error.strerror) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise StoreError(str(folder / name), rule, stat.filemode(mode))
+    return descriptor
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of ``data`` at ``offset``, however many calls that takes; the file position stays."""
+    left = memoryview(data).cast("B")
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        left, offset = left[written:], offset + written
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Puts ``data`` at ``path`` so that after a crash either all of it is there or what was there before."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with naming_full_disk(path.parent, path.name):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in ``folder`` are durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming_full_disk(folder: Path, what: str) -> Iterator[None]:
+    """Turns "no space left", "quota exceeded" and "file too large" into a StoreError.
+
+    Args:
+        folder: the store's. what: is being written there, for the error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        rule = f"must have room for the store ({error.strerror} while writing {what})"
+        raise StoreError("store.path", rule, str(folder)) from error

@@ -1,0 +1,73 @@
+"""What may stand in ``view[rows]``, as row numbers."""
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Rows = int | slice | range | list[int] | list[bool] | NDArray[Any] | torch.Tensor
+
+_ACCEPTED = (
+    "an int, a slice, a range, a list of ints, or a one-dimensional integer or boolean numpy array or torch tensor"
+)
+
+
+def resolve(rows: Rows, count: int) -> int | range | NDArray[np.int64]:
+    """``rows`` of ``count``, none negative: one, equally spaced ones, or [n] any.
+
+    Raises:
+        IndexError: a row that is not there, or a mask of another length than ``count``.
+        TypeError: none of the accepted kinds.
+    """
+    if isinstance(rows, slice):
+        return range(*rows.indices(count))
+    if isinstance(rows, range):
+        if len(rows):
+            _check(min(rows[0], rows[-1]), max(rows[0], rows[-1]), count)
+        return rows if not len(rows) or min(rows[0], rows[-1]) >= 0 else _positive(np.array(rows), count)
+    if isinstance(rows, torch.Tensor):
+        if rows.is_floating_point() or rows.is_complex():  # bfloat16 has no numpy form to be refused in
+            raise _other(f"{rows.dtype} {list(rows.shape)}")
+        rows = rows.detach().cpu().numpy()
+    if isinstance(rows, list):
+        rows = np.asarray(rows) if rows else np.zeros(0, np.int64)
+    if isinstance(rows, np.ndarray):
+        if rows.ndim == 0 and rows.dtype.kind in "iu":
+            return _one(int(rows), count)
+        if rows.ndim == 1 and rows.dtype.kind in "iub":
+            return _many(rows, count)
+        raise _other(f"{rows.dtype} {list(rows.shape)}")
+    if isinstance(rows, (bool, np.bool_)) or not hasattr(rows, "__index__"):
+        raise _other(type(rows).__name__)
+    return _one(operator.index(rows), count)
+
+
+def _other(given: str) -> TypeError:
+    return TypeError(f"rows must be {_ACCEPTED}, but are {given} instead")
+
+
+def _one(row: int, count: int) -> int:
+    _check(row, row, count)
+    return row % count
+
+
+def _many(rows: NDArray[Any], count: int) -> NDArray[np.int64]:
+    if rows.dtype.kind == "b":
+        if len(rows) != count:
+            raise IndexError(f"a mask of {len(rows)} does not fit {count} rows")
+        return np.flatnonzero(rows)
+    if len(rows):  # before the cast, which turns large unsigned numbers into negative ones
+        _check(int(rows.min()), int(rows.max()), count)
+    return _positive(rows.astype(np.int64), count)
+
+
+def _positive(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    return np.where(rows < 0, rows + count, rows)
+
+
+def _check(lowest: int, highest: int, count: int) -> None:
+    wrong = highest if highest >= count else lowest
+    if not -count <= wrong < count:
+        raise IndexError(f"row {wrong} is not one of {count}")

@@ -1,0 +1,37 @@
+"""Stored dtypes as torch has them. Legend: n rows of one call, H hidden."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from nemo_qwen_hidden.store.format import Dtype
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BITS = {"fp32": torch.float32, "bf16": torch.int16, "fp16": torch.float16}  # what numpy can hold
+
+
+def to_stored(values_nH: torch.Tensor, dtype: Dtype) -> torch.Tensor:
+    """[n, H] in the stored dtype, contiguous; a copy only where something changes."""
+    return values_nH.detach().to(TORCH_DTYPES[dtype.name]).contiguous()
+
+
+def first_overflow(values_nH: torch.Tensor, stored_nH: torch.Tensor) -> int | None:
+    """Index along n of the first row in which a finite value became infinite by the cast, or None."""
+    if torch.finfo(values_nH.dtype).max <= torch.finfo(stored_nH.dtype).max:
+        return None
+    if not stored_nH.numel() or all(torch.isfinite(end) for end in torch.aminmax(stored_nH)):
+        return None  # the usual case, at a tenth of the price
+    rows = (torch.isinf(stored_nH) & torch.isfinite(values_nH)).any(dim=1).nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def row_bytes(stored_nH: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor of at least one element, without a copy."""
+    return stored_nH.view(torch.uint8).numpy().data.cast("B")
+
+
+def empty(shape: tuple[int, ...], dtype: Dtype) -> tuple[torch.Tensor, NDArray[Any]]:
+    """An uninitialised tensor, and the same memory as an array in ``dtype.container``."""
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype.name])
+    return tensor, tensor.view(_BITS[dtype.name]).numpy()
