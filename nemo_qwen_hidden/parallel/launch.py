@@ -3,15 +3,17 @@
 No NeMo, no torch here: the process that starts the ranks owns the terminal and stays light.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -19,7 +21,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from nemo_qwen_hidden.errors import HiddenStatesError, RankError, UserError
+from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError, RankError, UserError
 
 PRELOAD = ("nemo_qwen_hidden.model.hidden_model",)
 GRACE_SECS = 3.0
@@ -50,8 +52,31 @@ Target = Callable[..., Any]
 
 
 def launched_world() -> int | None:
-    """Number of ranks that torchrun, or another launcher with its environment, has started; None without one."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    """Number of ranks that torchrun, or another launcher with its environment, has started; None without one.
+
+    Raises:
+        ConfigError: ``RANK`` and ``WORLD_SIZE`` are there but make no sense.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            rule = "must be a whole number where a launcher sets it (unset RANK to run without one)"
+            raise ConfigError(f"environment variable {name}", rule, os.environ[name])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world:
+        raise ConfigError("environment variable RANK", f"must be below WORLD_SIZE ({world})", rank)
+    return world
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or none that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process is the first of its machine's ranks, or none that a launcher started."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def warm_up(log: Path) -> None:
@@ -59,6 +84,17 @@ def warm_up(log: Path) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
     with output_to(log):
         forkserver.ensure_running()
+    atexit.unregister(_end_server)
+    atexit.register(_end_server)
+
+
+def _end_server() -> None:
+    """Left alone, a server that is still importing NeMo would go on for seconds after its starter has ended."""
+    # CPython's own name for it since 3.4; nothing public has it.
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def run_ranks(
@@ -112,7 +148,8 @@ def _main(
     except BaseException as error:
         traceback.print_exc()
         last_line = traceback.format_exception_only(error)[-1].strip()
-        pipe.send(_Failure(error if isinstance(error, UserError) else None, last_line))
+        with suppress(OSError):  # the starter may be gone
+            pipe.send(_Failure(error if isinstance(error, UserError) else None, last_line))
         sys.stderr.flush()
         os._exit(1)  # peers may be gone already: tearing process groups down could wait for them
     finally:
@@ -171,21 +208,56 @@ class _Collector:
     def _ended(self, rank: int) -> None:
         if rank not in self._results:
             self._processes[rank].join(GRACE_SECS)
-            code = self._processes[rank].exitcode
-            self._vanished.append(RankError(f"rank {rank} ended without a word (exit code {code})"))
+            self._vanished.append(RankError(f"rank {rank} {_ending(self._processes[rank].exitcode)}"))
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended that said nothing about it."""
+    if code is None or code >= 0:
+        return f"ended without a word (exit code {code})"
+    name = signal.Signals(-code).name
+    hint = ", as when the machine runs out of memory" if -code == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
 
 
 def _end(processes: Sequence[ForkServerProcess], *, ask_first: bool) -> None:
     """Ranks that have returned end by themselves; others are asked, then made to."""
     steps = [ForkServerProcess.terminate, ForkServerProcess.kill]
-    for step in steps if ask_first else [None, *steps]:
-        alive = [process for process in processes if process.is_alive()]
-        deadline = time.monotonic() + GRACE_SECS
-        for process in alive:
-            if step is not None:
-                step(process)
-        for process in alive:
-            process.join(max(0.0, deadline - time.monotonic()))
+    with _deaf_to_interrupts():
+        for step in steps if ask_first else [None, *steps]:
+            alive = [process for process in processes if process.is_alive()]
+            deadline = time.monotonic() + GRACE_SECS
+            for process in alive:
+                if step is not None:
+                    step(process)
+            for process in alive:
+                process.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A second, impatient Ctrl-C must not keep ranks alive. Only a main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def terminating_interrupts() -> Iterator[None]:
+    """While entered, SIGTERM (``kill``, ``timeout``, a batch system) is what Ctrl-C is: ``KeyboardInterrupt``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _dup_log(log: Path) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.conftest import Start
 
 from nemo_qwen_hidden.parallel.launch import Rank
+from tests.conftest import Start
 
 
 def rotary_with_and_without(rank: Rank) -> tuple[str, str, bool]:

@@ -40,7 +40,7 @@ def gathered(
 
 def _numpy(model: Any, batch: Batch, options: dict[str, Any]) -> dict[HookPoint, Any]:
     states = model.hidden_states(batch.input_ids, lengths=batch.lengths, **{"hook_points": EVERYTHING, **options})
-    return {point: state.float().numpy() for point, state in states.items()}
+    return {point: state.float().cpu().numpy() for point, state in states.items()}
 
 
 def local_and_all(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:

@@ -1,0 +1,134 @@
+"""From settings to a job: everything that can be decided and refused before NeMo is imported or a rank is started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_qwen_hidden import demo
+from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
+from nemo_qwen_hidden.checkpoint.locate import locate
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.config import BYTES, Settings, check
+from nemo_qwen_hidden.data.sources import check_path
+from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
+from nemo_qwen_hidden.hookpoint import HookPoint, deepest, expand
+from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
+from nemo_qwen_hidden.plan.microbatches import Batching
+from nemo_qwen_hidden.plan.stages import points_of_stage, split_layers
+from nemo_qwen_hidden.store.session import check_target
+from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What will run.
+
+    model_folder, data_path: on this machine. points: ordered by depth. num_layers: decoder layers that are built and
+    run, enough for the deepest hook point; the pipeline is split over these alone.
+    """
+
+    settings: Settings
+    model_folder: Path
+    data_path: str
+    architecture: Architecture
+    points: tuple[HookPoint, ...]
+    topology: Topology
+    num_layers: int
+    batching: Batching
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """Layer indices of every pipeline stage."""
+        return split_layers(self.num_layers, self.topology.pp)
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether the final norm is needed."""
+        return any(point.normed for point in self.points)
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the store; only of a job that was prepared with ``for_store``."""
+        path = self.settings.store.path
+        if path is None:
+            raise ConfigError("store.path", "must name the folder to write the hidden states to", None)
+        return Path(path).expanduser()
+
+    def rank_bytes(self, stage: int) -> tuple[int, int]:
+        """Bytes of weights, and an upper estimate of activations, of a rank of this stage."""
+        shape, itemsize = self.architecture.shape, BYTES[self.settings.precision.compute]
+        weights = weight_bytes(
+            shape,
+            layers=len(self.stages[stage]),
+            tp=self.topology.tp,
+            first=stage == 0,
+            final_norm=self.final_norm and stage == len(self.stages) - 1,
+            itemsize=itemsize,
+        )
+        tokens = max(self.batching.batch_tokens, self.batching.max_tokens)
+        return weights, activation_bytes(shape, tokens=tokens, tp=self.topology.tp, itemsize=itemsize)
+
+    def points_of(self, stage: int) -> tuple[HookPoint, ...]:
+        """Hook points that are seen on this stage."""
+        return points_of_stage(self.points, self.stages, stage)
+
+
+def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
+    """Checks settings against the model, the data and the target folder. Writes nothing and imports no NeMo.
+
+    Args:
+        world: number of ranks that a launcher started, None where none did.
+        for_store: whether the job will write a store, whose folder is then checked too.
+
+    Raises:
+        UserError: the first thing that stands in the way, or ``ConfigErrors`` with several.
+    """
+    check(settings)
+    parallel = settings.parallel
+    folder = locate(settings.model.path)
+    architecture = read_architecture(folder)
+    shape = architecture.shape
+    points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
+    num_layers = max(1, deepest(points, shape.num_layers))
+    dp = resolve_dp(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
+    topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=dp, sp=parallel.sp)
+    raise_all(_problems(settings, architecture, topology, num_layers))
+    max_tokens = settings.data.max_tokens or architecture.max_positions
+    architecture.require_length(max_tokens, "data.max_tokens")
+    TensorFiles.of(folder).check(shape)
+    data_path = str(demo.text_path()) if settings.data.path is None else settings.data.path
+    check_path(data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
+    batching = Batching(
+        max_tokens=max_tokens,
+        batch_tokens=settings.data.batch_tokens,
+        packing=settings.data.packing,
+        multiple_of=topology.tp if topology.sp else 1,
+    )
+    job = Job(
+        settings=settings,
+        model_folder=folder,
+        data_path=data_path,
+        architecture=architecture,
+        points=points,
+        topology=topology,
+        num_layers=num_layers,
+        batching=batching,
+    )
+    if for_store:
+        check_target(job.store_path, overwrite=settings.store.overwrite)
+    return job
+
+
+def _problems(settings: Settings, architecture: Architecture, topology: Topology, num_layers: int) -> list[UserError]:
+    shape = architecture.shape
+    problems = model_problems(
+        topology,
+        num_layers=num_layers,
+        num_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+    )
+    max_tokens = settings.data.max_tokens
+    if max_tokens is not None and max_tokens > architecture.max_positions:
+        rule = f"must be at most the model's max_position_embeddings ({architecture.max_positions})"
+        problems.append(ConfigError("data.max_tokens", rule, max_tokens))
+    return problems
