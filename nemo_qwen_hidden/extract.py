@@ -6,16 +6,13 @@ table), ``run`` (every rank: hidden states into the store), ``finish`` (one proc
 
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.config import BYTES
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
@@ -27,8 +24,8 @@ from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.plan.footprint import store_bytes
 from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
 from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
+from nemo_qwen_hidden.provenance import Begun, manifest_of
 from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.entries import HookPointEntry, TokenPart
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.token_writer import TokenTableWriter
 from nemo_qwen_hidden.store.tokens import TokenTable
@@ -42,19 +39,7 @@ if TYPE_CHECKING:
 
 LENGTHS_AT_ONCE = 65536
 GATHERED_MICROBATCHES = 16
-PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors")
 Written = dict[tuple[HookPoint, int], int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begun:
-    """What ``begin`` has put into the folder. windowed: documents longer than one window of ``data.max_tokens``."""
-
-    tokens: TokenPart
-    windowed: int
-    data_fingerprint: str
-    tokenizer_fingerprint: str | None
-    started: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +161,7 @@ def finish(job: Job, begun: Begun, results: Sequence[RankResult]) -> Summary:
         for key, rows in result.written.items():
             written[key] = written.get(key, 0) + rows
     run_seconds = max(result.seconds for result in results)
-    manifest = session.finish(job.store_path, _manifest(job, begun, run_seconds), written=written)
+    manifest = session.finish(job.store_path, manifest_of(job, begun, run_seconds), written=written)
     return Summary(
         manifest=manifest,
         path=job.store_path,
@@ -280,47 +265,7 @@ def _lengths(table: TokenTable) -> Iterator[int]:
         yield from table.lengths(start, min(start + LENGTHS_AT_ONCE, table.documents)).tolist()
 
 
-def _manifest(job: Job, begun: Begun, run_seconds: float) -> Manifest:
-    settings, layers = job.settings, job.architecture.shape.num_layers
-    return Manifest(
-        rows=begun.tokens.rows,
-        documents=begun.tokens.documents,
-        hidden_size=job.architecture.shape.hidden_size,
-        shard_rows=settings.store.shard_rows,
-        compute_dtype=settings.precision.compute,
-        stored_dtype=settings.stored_dtype,
-        hook_points=tuple(HookPointEntry.of(point, num_layers=layers) for point in job.points),
-        tokens=(begun.tokens,),
-        model={"path": settings.model.path or "embedded demo model", "config": dict(job.architecture.config)},
-        tokenizer={"sha256": begun.tokenizer_fingerprint},
-        data={
-            "path": settings.data.path or "embedded text",
-            "sha256": begun.data_fingerprint,
-            "max_tokens": job.batching.max_tokens,
-            "documents_cut_into_windows": begun.windowed,
-        },
-        producer={
-            "layout": {"tp": job.topology.tp, "pp": job.topology.pp, "dp": job.topology.dp, "sp": job.topology.sp},
-            "batch_tokens": settings.data.batch_tokens,
-            "packing": settings.data.packing,
-            "gather": settings.capture.gather,
-            "versions": {"nemo_qwen_hidden": __version__, **dict(_versions())},
-            "command": sys.argv,
-            "started_unix_secs": round(begun.started, 3),
-            "run_secs": round(run_seconds, 3),
-        },
-    )
-
-
 def _fair_threads(world: int) -> int:
     """This machine's usable cores, shared equally among the ranks on it."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, len(os.sched_getaffinity(0)) // local_world)
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            yield package, "unknown"

@@ -1,6 +1,9 @@
 """From settings to a job: everything that can be decided and refused before NeMo is imported or a rank is started."""
 
+import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import Path
 
 from nemo_qwen_hidden import demo
@@ -14,6 +17,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint, deepest, expand
 from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
 from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.plan.stages import points_of_stage, split_layers
+from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
 from nemo_qwen_hidden.store.session import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
 
@@ -52,6 +56,12 @@ class Job:
         if path is None:
             raise ConfigError("store.path", "must name the folder to write the hidden states to", None)
         return Path(path).expanduser()
+
+    @property
+    def log_path(self) -> Path:
+        """The file beside the store for what libraries say while it is made."""
+        store = Path(os.path.abspath(self.store_path))
+        return store.with_name(f"{store.name}.log")
 
     def rank_bytes(self, stage: int) -> tuple[int, int]:
         """Bytes of weights, and an upper estimate of activations, of a rank of this stage."""
@@ -95,7 +105,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     max_tokens = settings.data.max_tokens or architecture.max_positions
     architecture.require_length(max_tokens, "data.max_tokens")
     TensorFiles.of(folder).check(shape)
-    data_path = str(demo.text_path()) if settings.data.path is None else settings.data.path
+    data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     check_path(data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
     batching = Batching(
         max_tokens=max_tokens,
@@ -115,6 +125,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     )
     if for_store:
         check_target(job.store_path, overwrite=settings.store.overwrite)
+        _check_apart(job)
     return job
 
 
@@ -127,8 +138,35 @@ def _problems(settings: Settings, architecture: Architecture, topology: Topology
         num_query_groups=shape.num_query_groups,
         ffn_hidden_size=shape.ffn_hidden_size,
     )
+    problems = list({problem.setting: problem for problem in reversed(problems)}.values())[::-1]  # the first of each
     max_tokens = settings.data.max_tokens
     if max_tokens is not None and max_tokens > architecture.max_positions:
         rule = f"must be at most the model's max_position_embeddings ({architecture.max_positions})"
         problems.append(ConfigError("data.max_tokens", rule, max_tokens))
     return problems
+
+
+def _check_apart(job: Job) -> None:
+    """The data are listed when the run begins: neither the store nor the log may be among them."""
+    store = Path(os.path.abspath(job.store_path))
+    shards = [store / folder / shard_name(0) for folder in (TOKENS, str(job.points[0]))]
+    documents = store / TOKENS / shard_name(0).replace(".safetensors", ".documents.jsonl")
+    if any(_would_read(job.data_path, path) for path in (job.log_path, store / MARKER, documents, *shards)):
+        rule = f"must lie where `data.path` ({job.data_path}) reads nothing, since all there is taken for data"
+        raise ConfigError("store.path", rule, str(job.store_path))
+
+
+def _would_read(data_path: str, path: Path) -> bool:
+    """Whether the file ``path``, were it there, would be one of those that ``data_path`` stands for."""
+    data = Path(os.path.abspath(data_path))
+    if data.is_dir():
+        return data in path.parents and not any(part.startswith(".") for part in path.relative_to(data).parts)
+    return path == data or (has_magic(data_path) and _matches(path.parts, data.parts))
+
+
+def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not parts or not patterns:
+        return not parts and not patterns
+    if patterns[0] == "**":
+        return any(_matches(parts[skipped:], patterns[1:] or ("*",)) for skipped in range(len(parts)))
+    return fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

@@ -56,51 +56,75 @@ def read_architecture(folder: Path) -> Architecture:
     if not isinstance(config, dict):
         raise CheckpointError("model.path", "must have a config.json with an object in it", str(folder))
     _refuse_unsupported(config)
-    try:
-        return _architecture(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "model.path", f"must have a complete Qwen2 config.json (field {error})", str(folder)
-        ) from None
+    return _architecture(config)
 
 
 def _architecture(config: Mapping[str, Any]) -> Architecture:
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    groups = _size(config, "num_key_value_heads", heads)
+    if heads % groups:
+        rule = f"must divide num_attention_heads ({heads})"
+        raise CheckpointError("model.path: config.json: num_key_value_heads", rule, groups)
     shape = DecoderShape(
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=_size(config, "num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn_hidden_size=int(config["intermediate_size"]),
-        vocab_size=int(config["vocab_size"]),
+        num_query_groups=groups,
+        head_dim=_size(config, "head_dim", hidden // heads),
+        ffn_hidden_size=_size(config, "intermediate_size"),
+        vocab_size=_size(config, "vocab_size"),
     )
     return Architecture(
         shape=shape,
         tied=bool(config.get("tie_word_embeddings", False)),
-        rotary_base=float(_rope(config).get("rope_theta") or config["rope_theta"]),
-        norm_epsilon=float(config["rms_norm_eps"]),
-        max_positions=int(config["max_position_embeddings"]),
+        rotary_base=_positive(_rope(config), "rope_theta", config.get("rope_theta")),
+        norm_epsilon=_positive(config, "rms_norm_eps"),
+        max_positions=_size(config, "max_position_embeddings"),
         sliding_window=_sliding_window(config, shape.num_layers),
         config=config,
     )
 
 
+def _size(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    """A field that holds a whole number of at least 1; ``default`` where it is absent or null."""
+    value = default if config.get(field) is None else config[field]
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"model.path: config.json: {field}", "must be a whole number of at least 1", value)
+    return value
+
+
+def _positive(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
+    """A field that holds a number above 0; ``default`` where it is absent or null."""
+    value = default if config.get(field) is None else config[field]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise CheckpointError(f"model.path: config.json: {field}", "must be a number above 0", value)
+    return float(value)
+
+
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Transformers 5 keeps theta and the kind of scaling together in ``rope_parameters``."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field)
+        if rope and not isinstance(rope, dict):
+            raise CheckpointError(f"model.path: config.json: {field}", "must be an object or null", rope)
+        if rope:
+            return dict(rope)
+    return {}
 
 
 def _sliding_window(config: Mapping[str, Any], num_layers: int) -> int | None:
-    """The window that some layer is run with, None where every layer sees everything before it."""
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    """The window that some layer is run with, None where every layer sees everything before it.
+
+    Defaults are those of transformers' ``Qwen2Config``.
+    """
+    if not config.get("use_sliding_window") or config.get("sliding_window", 0) is None:
         return None
     layer_types = config.get("layer_types")
     if layer_types is not None:
         slides = "sliding_attention" in layer_types
     else:
-        slides = int(config.get("max_window_layers", 0)) < num_layers
-    return int(config["sliding_window"]) if slides else None
+        slides = int(config.get("max_window_layers", 28)) < num_layers
+    return _size(config, "sliding_window", 4096) if slides else None
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -119,6 +143,5 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     )
     for refused, field, rule in refusals:
         if refused:
-            raise UnsupportedModelError(
-                f"model.path: config.json: {field}", rule, config.get(field, config.get("rope_parameters"))
-            )
+            value = rope if field == "rope_scaling" else config.get(field)
+            raise UnsupportedModelError(f"model.path: config.json: {field}", rule, value)

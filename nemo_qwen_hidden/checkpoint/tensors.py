@@ -68,7 +68,7 @@ class TensorFiles:
         for name in sorted(set(files.values())):
             if Path(name).name != name or not (folder / name).is_file():
                 raise CheckpointError("model.path", f"must hold `{name}`, which its index names", str(folder))
-        prefix = _PREFIX if _PREFIX + EMBEDDING in files else ""
+        prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
         return cls(
             folder=folder, files={name.removeprefix(prefix): file for name, file in files.items()}, prefix=prefix
         )
@@ -85,10 +85,12 @@ class TensorFiles:
             UnsupportedModelError: a tensor that no Qwen2 has, or one that is not floating point.
         """
         expected = expected_shapes(shape)
-        for name in expected.keys() - self.files.keys():
-            raise CheckpointError("model.path", f"must hold the tensor `{self.full_name(name)}`", str(self.folder))
-        for name in self.files.keys() - expected.keys():
-            if name.startswith("layers.") and not name.endswith(_DERIVED):
+        missing = [self.full_name(name) for name in expected if name not in self.files]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError("model.path", f"must hold the tensor `{missing[0]}`{more}", str(self.folder))
+        for name in self.files:
+            if name not in expected and name.startswith("layers.") and not name.endswith(_DERIVED):
                 raise UnsupportedModelError(
                     "model.path", f"must be a Qwen2 and have no tensor `{self.full_name(name)}`", str(self.folder)
                 )

@@ -1,8 +1,9 @@
 """``nemo-qwen-hidden``: arguments in, exit status out. The only place where an exception becomes a status."""
 
 import argparse
-import os
+import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,28 +13,88 @@ from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, UserError
 if TYPE_CHECKING:
     from nemo_qwen_hidden.job import Job
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+PATIENCE_SECS = 10.0
 _EPILOG = """\
 examples:
   nemo-qwen-hidden extract store.path=out/demo
+      the embedded model over the embedded text, every layer
   nemo-qwen-hidden extract model.path=Qwen/Qwen2.5-0.5B parallel.tp=2 \\
-      capture.hook_points='[resid_post@12]' data.path='texts/*.txt' store.path=out/a
+      capture.hook_points='[resid_post@12]' data.path='texts/*.txt' \\
+      store.path=out/a
+      two tensor parallel ranks on this machine, one layer
+  torchrun --nproc-per-node 4 -m nemo_qwen_hidden extract parallel=tp2_pp2 \\
+      store.path=out/b
+      as ranks that torchrun starts, on one machine or several
   nemo-qwen-hidden plan parallel=tp2_pp2
   nemo-qwen-hidden inspect out/demo
-  torchrun --nproc-per-node 4 -m nemo_qwen_hidden extract parallel=tp2_pp2 store.path=out/b
 
-exit status: 0 done, 1 a fault, 2 something asked for cannot be done, 130 interrupted
+COMMAND --help says more. Exit status: 0 done, 1 a fault, 2 something asked for
+cannot be done, 130 interrupted.
+"""
+
+_SETTINGS = """\
+most used settings (--settings lists all, with their defaults and presets):
+  model.path=FOLDER_OR_HUB_ID    a Qwen2 or Qwen2.5; else the embedded one
+  data.path=FILE_FOLDER_OR_GLOB  text, JSONL, Parquet; else the embedded text
+  capture.hook_points='[embed,resid_post@12,resid_post@-1,final_norm]'
+                                 resid_post@i is the residual stream after layer
+                                 i, from 0; resid_post@0:24:6 a range; all (the
+                                 default) every layer
+  parallel.tp=2 parallel.pp=2 parallel.dp=2 parallel.sp=true
+                                 tensor, pipeline, data, sequence parallel
+  precision.compute=bf16 precision.stored=bf16
+                                 fp32 (the default), bf16 or fp16
+  data.max_tokens=2048           longer documents are run in windows
+"""
+
+_EXTRACT = (
+    _SETTINGS
+    + """\
+  store.path=FOLDER              for the hidden states: a new or empty folder
+  store.overwrite=true           replace an earlier store there
+
+Without torchrun, the ranks asked for are started on this machine, and Ctrl-C
+ends them all. Libraries' messages go to FOLDER.log.
+
+examples:
+  nemo-qwen-hidden extract store.path=out/demo
+  nemo-qwen-hidden extract parallel=tp2_pp2 capture=last data.path=texts \\
+      store.path=out/last
+  nemo-qwen-hidden extract --config recipes/one_machine/config.yaml
+"""
+)
+
+_PLAN = (
+    _SETTINGS
+    + """
+Takes what extract takes, reads and tokenizes the data, and says how many rows,
+shards and bytes there would be and what each rank would hold. Loads no weights
+and writes nothing.
+
+example:
+  nemo-qwen-hidden plan model.path=Qwen/Qwen2.5-7B parallel.tp=4 data.path=texts
+"""
+)
+
+_INSPECT = """\
+example:
+  nemo-qwen-hidden inspect out/demo
+
+In Python: nemo_qwen_hidden.open_store("out/demo")["resid_post@3"][rows]
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 a fault, 2 the user's mistake, 130 interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return int(parsed.run(parsed))
     except UserError as error:
         return _say(str(error), 2)
-    except KeyboardInterrupt:
-        return _say("interrupted; an unfinished store can be started again with store.overwrite=true", 130)
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
     except PeerError as error:
         return error.status
     except HiddenStatesError as error:
@@ -47,6 +108,25 @@ def _say(message: str, status: int) -> int:
     return status
 
 
+def _interrupted(interrupt: KeyboardInterrupt) -> int:
+    """Ctrl-C reaches every rank of torchrun's; one says so."""
+    from nemo_qwen_hidden.parallel.launch import is_first_rank
+
+    return _say(": ".join(("interrupted", *map(str, interrupt.args))), 130) if is_first_rank() else 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes overrides in one run alone; those after an option, as in ``a=1 --quiet b=2``, come back."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    strange = [text for text in rest if text.startswith("-") or "overrides" not in parsed]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-qwen-hidden",
@@ -56,28 +136,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, help_text in (
-        ("extract", _extract, "run documents through a model and store hidden states"),
-        ("plan", _plan, "say what extract would do, without loading weights"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, or presets as group=name")
+    extract = _command(commands, "extract", "run documents through a model and store hidden states", _EXTRACT)
+    plan = _command(commands, "plan", "say what extract would do, without loading weights", _PLAN)
+    inspect = _command(commands, "inspect", "say what is in a store", _INSPECT)
+    for command, run in ((extract, _extract), (plan, _plan)):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, or presets as GROUP=NAME")
         command.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a recipe's")
         command.add_argument("--settings", action=_ShowSettings, help="list every setting and preset, and exit")
-        if name == "extract":
-            command.add_argument("--quiet", action="store_true", help="no progress, only the result")
         command.set_defaults(run=run)
-    inspect = commands.add_parser("inspect", help="say what is in a store")
+    extract.add_argument("--quiet", action="store_true", help="no progress, only the result")
     inspect.add_argument("store", metavar="STORE", help="the folder of a store")
-    inspect.add_argument("--json", action="store_true", help="for programs: JSON on stdout")
+    inspect.add_argument("--json", action="store_true", help="everything, for programs: JSON on stdout")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _command(commands: "Commands", name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 class _ShowSettings(argparse.Action):
@@ -96,17 +177,20 @@ class _ShowSettings(argparse.Action):
 
 
 def _prepared(parsed: argparse.Namespace, *, for_store: bool) -> "Job":
-    """The job, checked. Every rank that torchrun started finds the same fault here; one of a machine says it."""
+    """The job, checked. Every rank that torchrun started finds the same fault here, and one of a machine says it.
+
+    The others wait: torchrun ends them as soon as that one ends, and ends that one, said or not, as soon as they do.
+    """
     from nemo_qwen_hidden.cli.compose import compose
     from nemo_qwen_hidden.job import prepare
-    from nemo_qwen_hidden.parallel.launch import launched_world
+    from nemo_qwen_hidden.parallel.launch import is_first_of_machine, launched_world
 
     try:
         settings = compose(parsed.overrides, config=parsed.config)
         return prepare(settings, world=launched_world(), for_store=for_store)
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            raise PeerError(2) from error
+    except UserError:
+        if not is_first_of_machine():
+            time.sleep(PATIENCE_SECS)
         raise
 
 
@@ -114,12 +198,12 @@ def _extract(parsed: argparse.Namespace) -> int:
     job = _prepared(parsed, for_store=True)
     from nemo_qwen_hidden.cli import runner, show
     from nemo_qwen_hidden.cli.terminal import Terminal
+    from nemo_qwen_hidden.parallel.launch import is_first_rank
 
-    rank_0 = int(os.environ.get("RANK", 0)) == 0
-    terminal = Terminal(quiet=parsed.quiet or not rank_0)
-    summary = runner.run_job(job, terminal)
-    if summary is not None:
-        show.summary(summary, terminal)
+    with Terminal(quiet=parsed.quiet or not is_first_rank()) as terminal:
+        summary = runner.run_job(job, terminal)
+        if summary is not None:
+            show.summary(summary, terminal)
     return 0
 
 
@@ -128,13 +212,12 @@ def _plan(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show
     from nemo_qwen_hidden.cli.terminal import Terminal
 
-    show.plan(job, Terminal())
+    with Terminal() as terminal:
+        show.plan(job, terminal)
     return 0
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    import json
-
     from nemo_qwen_hidden.cli import show
     from nemo_qwen_hidden.cli.terminal import Terminal
     from nemo_qwen_hidden.store.describe import as_dict
@@ -143,6 +226,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
     store = open_store(parsed.store)
     if parsed.json:
         print(json.dumps(as_dict(store), indent=2))
-    else:
-        show.store(store, Terminal())
+        return 0
+    with Terminal() as terminal:
+        show.store(store, terminal)
     return 0

@@ -3,16 +3,19 @@
 import os
 import tempfile
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import extract
 from nemo_qwen_hidden.cli.terminal import Bar, Terminal
 from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, RankError, UserError
-from nemo_qwen_hidden.extract import Begun, RankResult, Summary
+from nemo_qwen_hidden.extract import RankResult, Summary
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
+from nemo_qwen_hidden.progress import Phase
+from nemo_qwen_hidden.provenance import Begun
 
 if TYPE_CHECKING:
     from nemo_qwen_hidden.parallel.groups import ProcessGroups
@@ -22,22 +25,25 @@ FAILED, USER_ERROR = 1, 2
 
 def status_of(error: BaseException) -> int:
     """Exit status: 2 for what the user can mend, 1 for the rest."""
+    if isinstance(error, PeerError):
+        return error.status
     return USER_ERROR if isinstance(error, UserError) else FAILED
 
 
 class Log:
     """Where libraries' words go: a file beside the store, or a temporary one where none can be made there."""
 
-    def __init__(self, store: Path) -> None:
-        store = Path(os.path.abspath(store))
-        self.path = store.with_name(store.name + ".log")
-        self._made = [folder for folder in self.path.parents if not folder.exists()]  # the deepest first
-        if not self._made and not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+        self._bytes = path.stat().st_size if path.is_file() else 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        except OSError:
             descriptor, name = tempfile.mkstemp(prefix="nemo_qwen_hidden-", suffix=".log")
             os.close(descriptor)
-            self.path = Path(name)
-        self._bytes = self.path.stat().st_size if self.path.exists() else 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path, self._bytes = Path(name), 0
 
     def undo(self) -> None:
         """Leaves the log, and the folders made for it and the store, as they were before the run."""
@@ -55,22 +61,43 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
     """Runs ``job`` to its end; the summary is None on ranks other than 0.
 
     Raises:
-        UserError: it could not be done. Nothing is left of it, but under torchrun, where other ranks may be writing
-            still, what was begun stays, marked as unfinished.
+        UserError: it could not be done, and nothing is left of it.
         RankError: a fault; what was begun stays, marked as unfinished.
-        PeerError: another rank failed, and says why.
+        PeerError: a rank of torchrun's failed and has said why. What was begun stays, marked as unfinished, unless
+            no rank had started to write.
         KeyboardInterrupt: Ctrl-C or SIGTERM; all ranks have ended, and the text says what is left.
     """
-    log = Log(job.store_path)
+    log = Log(job.log_path)
+    if launch.launched_world() is not None:
+        with _saying_at_once(terminal, log):
+            return _be_a_rank(job, terminal, log)
     try:
-        return _start_ranks(job, terminal, log) if launch.launched_world() is None else _be_a_rank(job, terminal, log)
-    except (UserError, PeerError):
+        return _start_ranks(job, terminal, log)
+    except UserError:
         raise
-    except Exception as error:  # a fault: one line for the terminal, all of it in the log
-        with open(log.path, "a", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-        reason = str(error) if isinstance(error, HiddenStatesError) else f"{type(error).__name__}: {error}"
-        raise RankError(f"{reason.splitlines()[0]} (more in {log.path})") from error
+    except Exception as error:
+        raise RankError(_fault(error, log)) from error
+
+
+def _fault(error: Exception, log: Log) -> str:
+    """One line for the terminal; all of it goes into the log."""
+    with open(log.path, "a", encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    reason = str(error) if isinstance(error, HiddenStatesError) else f"{type(error).__name__}: {error}"
+    return f"{reason.splitlines()[0]} (more in {log.path})"
+
+
+@contextmanager
+def _saying_at_once(terminal: Terminal, log: Log) -> Iterator[None]:
+    """Says what is raised inside, and raises PeerError for it. A rank of torchrun's cannot leave that to ``main``: when
+    its peers notice and end, torchrun ends it too, perhaps before it gets there."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except Exception as error:
+        terminal.error(str(error) if isinstance(error, UserError) else _fault(error, log))
+        raise PeerError(status_of(error)) from error
 
 
 def _begin(job: Job, bar: Bar, log: Log) -> Begun:
@@ -82,11 +109,12 @@ def _begin(job: Job, bar: Bar, log: Log) -> Begun:
 
 
 def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
-    with launch.terminating_interrupts(), terminal.progress() as bar, launch.output_to(log.path):
+    with launch.one_interrupt(), terminal.progress() as bar, launch.output_to(log.path):
         launch.warm_up(log.path)  # NeMo is imported while the data is tokenized
         begun = _begin(job, bar, log)
         try:
             bar.expect(rows=begun.tokens.rows, replicas=job.topology.dp)
+            bar(Phase("starting ranks"))
             results = launch.run_ranks(
                 _started, (job, begun), world=job.topology.world, log=log.path, on_event=lambda rank, event: bar(event)
             )
@@ -111,21 +139,30 @@ def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
 
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
+    def begin() -> Begun:
+        with _saying_at_once(terminal, log):
+            return _begin(job, bar, log)
+
+    def finish() -> Summary:
+        with _saying_at_once(terminal, log):
+            return extract.finish(job, begun, results)
+
     with terminal.progress() as bar, launch.output_to(log.path):
         from nemo_qwen_hidden.parallel.agree import gather_values, on_rank_0
         from nemo_qwen_hidden.parallel.groups import process_groups
 
         with process_groups(job.topology) as groups:
             try:
-                begun = on_rank_0(lambda: _begin(job, bar, log), groups, status_of=status_of)
+                begun = on_rank_0(begin, groups, status_of=status_of)
             except PeerError as error:
                 if error.status == USER_ERROR:
                     log.undo()
                 raise
             bar.expect(rows=begun.tokens.rows, replicas=job.topology.dp)
-            result = _run_among_others(job, begun, groups, bar)
+            with _saying_at_once(terminal, log):
+                result = _run_among_others(job, begun, groups, bar)
             results = gather_values(result, groups)
-            summary = on_rank_0(lambda: extract.finish(job, begun, results), groups, status_of=status_of)
+            summary = on_rank_0(finish, groups, status_of=status_of)
             return summary if groups.place.rank == 0 else None
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from nemo_qwen_hidden.progress import Event, Phase
 
+PROGRAM = "nemo-qwen-hidden"
 SI = ("", "k", "M", "G", "T", "P")
 
 
@@ -28,12 +29,13 @@ def human(number: float) -> str:
 
 
 def duration(secs: float) -> str:
-    """``4.2 s``, ``1:05`` minutes, ``2:01:05`` hours."""
-    if secs < 59.95:
-        return f"{secs:.1f} s"
-    minutes, seconds = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """``12 s``, ``1 min 05 s``, ``2 h 01 min``."""
+    whole = round(secs)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 class Terminal:
@@ -56,6 +58,11 @@ class Terminal:
         if not self._quiet:
             self._err.print(message, markup=False, soft_wrap=True)
 
+    def error(self, message: str) -> None:
+        """A line on stderr for each problem, even where the rest is quiet."""
+        for line in message.splitlines():
+            self._err.print(f"{PROGRAM}: {line}", markup=False, soft_wrap=True)
+
     def table(self, rows: Iterable[tuple[str, str]], title: str) -> None:
         """Labels and values."""
         table = _table(title, show_header=False)
@@ -76,9 +83,10 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator["Bar"]:
-        """A bar over a number of rows that is not known yet."""
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), _Done(), _Speed(), _Left())
-        with Progress(*columns, console=self._err, disable=self._quiet or not self._err.is_terminal) as bar:
+        """A bar over a number of rows that is not known yet; gone afterwards."""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), _Done(), _Speed(), _Time())
+        silent = self._quiet or not self._err.is_terminal
+        with Progress(*columns, console=self._err, disable=silent, transient=True) as bar:
             yield Bar(bar, bar.add_task("starting", total=None), self)
 
 
@@ -104,11 +112,9 @@ class Bar:
         if isinstance(event, Phase):
             self._begin(event.text)
             return
-        if not self._rows:
-            self._bar.reset(self._task, total=self._total)
         self._rows[event.replica] = event.rows
         heard = sum(self._rows.values()) * self._replicas // len(self._rows)
-        self._bar.update(self._task, completed=heard)
+        self._bar.update(self._task, completed=heard, total=self._total)
 
     def _begin(self, phase: str) -> None:
         """A phase counts when the first replica gets there."""
@@ -121,36 +127,32 @@ class Bar:
 
 
 class _Done(ProgressColumn):
-    """Rows of all rows, which are tokens."""
+    """Rows, which are tokens, so far; as a part of all where their number is known."""
 
     def render(self, task: Task) -> Text:
-        if not task.completed:
-            return Text()
-        if task.total is None:
-            return Text(f"{human(task.completed)} tokens")
-        return Text(f"{task.percentage:3.0f} % of {human(task.total)} tokens")
+        if task.total is not None:
+            return Text(f"{int(task.percentage)} %")
+        return Text(f"{human(task.completed)} tokens" if task.completed else "")
 
 
 class _Speed(ProgressColumn):
-    """Rows of each second since the first."""
+    """Rows of each second of this phase."""
 
     def render(self, task: Task) -> Text:
-        speed = _speed(task)
-        return Text(f"{human(speed)}/s" if speed else "")
+        return Text(f"{human(_speed(task))} tokens/s" if task.completed else "")
 
 
-class _Left(ProgressColumn):
-    """Time passed, or time left where the number of rows is known."""
+class _Time(ProgressColumn):
+    """Time left where the number of rows is known, else time passed."""
 
     def render(self, task: Task) -> Text:
-        elapsed, speed = task.elapsed or 0.0, _speed(task)
-        if task.total is None or not speed:
-            return Text(duration(int(elapsed)).replace(".0", ""))
-        return Text(f"{duration(int((task.total - task.completed) / speed)).replace('.0', '')} left")
+        if task.total is None or not task.completed:
+            return Text(duration(task.elapsed or 0))
+        return Text(f"{duration((task.total - task.completed) / _speed(task))} left")
 
 
 def _speed(task: Task) -> float:
-    return task.completed / task.elapsed if task.elapsed else 0.0
+    return task.completed / max(task.elapsed or 0, 1e-9)
 
 
 def _table(title: str, *, show_header: bool) -> Table:

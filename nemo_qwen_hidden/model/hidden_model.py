@@ -53,16 +53,19 @@ class Qwen2HiddenModel(Qwen2Model):
         dtype: str = "fp32",
         num_layers: int | None = None,
         final_norm: bool = True,
+        output_layer: bool = False,
     ) -> "Qwen2HiddenModel":
         """Builds this rank's stage of a Hugging Face checkpoint and reads its weights. Collective over all ranks
         where ``groups`` is None.
 
         Args:
             path: a folder with config.json and safetensors, or a hub id; None is the embedded demo model.
-            groups: where this rank stands. None joins the process groups that there are, or makes a single rank's.
+            groups: where this rank stands. None joins the process groups that there are, without sequence
+                parallelism, or makes a single rank's.
             dtype: of weights and activations: fp32, bf16 or fp16.
             num_layers: keep only the first so many layers; the pipeline is then split over these.
             final_norm: keep the final norm; only with all layers.
+            output_layer: keep NeMo's output layer too, so that ``forward`` with labels gives the loss.
 
         Raises:
             CheckpointError: something of the checkpoint is missing or has the wrong shape.
@@ -80,6 +83,7 @@ class Qwen2HiddenModel(Qwen2Model):
         files.check(shape)
         keeps_norm = final_norm and layers == shape.num_layers
         config = configure(architecture, groups.topology, dtype=dtype, num_layers=layers, final_norm=keeps_norm)
+        config.output_layer = output_layer
         model = cls(config)
         with megatron_on_host():
             model.configure_model()

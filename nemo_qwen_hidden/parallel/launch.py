@@ -76,7 +76,8 @@ def is_first_rank() -> bool:
 
 def is_first_of_machine() -> bool:
     """Whether this process is the first of its machine's ranks, or none that a launcher started."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    return local_rank == "0" or not local_rank.isdecimal()  # where it makes no sense, each rank says so
 
 
 def warm_up(log: Path) -> None:
@@ -91,7 +92,7 @@ def warm_up(log: Path) -> None:
 def _end_server() -> None:
     """Left alone, a server that is still importing NeMo would go on for seconds after its starter has ended."""
     # CPython's own name for it since 3.4; nothing public has it.
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -248,16 +249,26 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def terminating_interrupts() -> Iterator[None]:
-    """While entered, SIGTERM (``kill``, ``timeout``, a batch system) is what Ctrl-C is: ``KeyboardInterrupt``."""
+def one_interrupt() -> Iterator[None]:
+    """While entered, the first SIGINT (Ctrl-C) or SIGTERM (``kill``, a batch system) raises ``KeyboardInterrupt``, and
+    what an impatient hand sends after it does nothing: ending takes the time that it takes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in handlers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _dup_log(log: Path) -> None:

@@ -159,3 +159,19 @@ def loaded(rank: Rank, topology: Topology, folder: Path, dtype: str) -> tuple[in
         dist.barrier()
     parameters = dict(model.named_parameters())
     return sum(p.numel() * p.element_size() for p in parameters.values()), peak.growth_bytes, list(parameters)
+
+
+def losses(rank: Rank, topology: Topology, folders: Sequence[Path], batch: Batch) -> list[Any]:
+    """For each model with its output layer: the loss [batch, tokens] of predicting the next token."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    ids = batch.input_ids
+    positions, found = torch.arange(ids.shape[1]).expand_as(ids), []
+    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups, torch.no_grad():
+        for folder in folders:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, output_layer=True)
+            found.append(model(ids, positions, labels=ids.roll(-1, dims=1)).numpy())
+        dist.barrier()
+    return found
