@@ -65,24 +65,25 @@ class Summary:
 
 
 def begin(job: Job, report: Report = silent) -> Begun:
-    """Makes the folder and writes the token table. One process, before any rank runs.
+    """Writes the token table and makes the folder. One process, before any rank runs.
+
+    The data are read to their end before the folder is made, or an earlier store there is deleted.
 
     Raises:
         DataError: documents that cannot be used. StoreError: the folder or the disk. Nothing is left behind.
     """
     started, path, settings = time.time(), job.store_path, job.settings
-    session.begin(path, {"hook_points": [str(point) for point in job.points]}, overwrite=settings.store.overwrite)
-    try:
-        report(Phase("tokenizing"))
-        used: list[Tokenizer] = []
+    report(Phase("tokenizing"))
+    used: list[Tokenizer] = []
 
-        def tokenizer() -> Tokenizer:
-            used.append(load_tokenizer(job.model_folder))
-            return used[0]
+    def tokenizer() -> Tokenizer:
+        used.append(load_tokenizer(job.model_folder))
+        return used[0]
 
-        fingerprint, windowed = DataFingerprint(), 0
-        documents = read_documents(job.data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
-        with TokenTableWriter(path) as table:
+    fingerprint, windowed = DataFingerprint(), 0
+    documents = read_documents(job.data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
+    with session.staging(path) as staged:
+        with TokenTableWriter(staged) as table:
             for document in tokenize(documents, tokenizer, vocab_size=job.architecture.shape.vocab_size):
                 table.append(document_id=document.id, source=document.source, token_ids=document.token_ids)
                 fingerprint.update(document)
@@ -90,9 +91,8 @@ def begin(job: Job, report: Report = silent) -> Begun:
             part = table.close()
         require_tokens(part.rows, job.data_path)
         session.check_space(path, disk_bytes(job, part.rows))
-    except BaseException:
-        session.discard(path)
-        raise
+        description = {"hook_points": [str(point) for point in job.points]}
+        session.begin(path, description, overwrite=settings.store.overwrite, staged=staged)
     return Begun(
         tokens=part,
         windowed=windowed,

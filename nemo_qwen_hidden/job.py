@@ -138,7 +138,6 @@ def _problems(settings: Settings, architecture: Architecture, topology: Topology
         num_query_groups=shape.num_query_groups,
         ffn_hidden_size=shape.ffn_hidden_size,
     )
-    problems = list({problem.setting: problem for problem in reversed(problems)}.values())[::-1]  # the first of each
     max_tokens = settings.data.max_tokens
     if max_tokens is not None and max_tokens > architecture.max_positions:
         rule = f"must be at most the model's max_position_embeddings ({architecture.max_positions})"

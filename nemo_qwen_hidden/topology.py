@@ -89,13 +89,15 @@ def model_problems(
 ) -> list[UserError]:
     """Why a model of this shape cannot run in this layout; empty when it can."""
     problems: list[UserError] = []
-    for what, size in (
+    divided = (
         ("num_key_value_heads", num_query_groups),
         ("num_attention_heads", num_heads),
         ("intermediate_size", ffn_hidden_size),
-    ):
+    )
+    for what, size in divided:
         if size % topology.tp:
             problems.append(ConfigError("parallel.tp", f"must divide `{what}` ({size})", topology.tp))
+            break  # one line says enough of one setting
     if topology.pp > num_layers:
         problems.append(
             ConfigError(

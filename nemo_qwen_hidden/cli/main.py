@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
+from nemo_qwen_hidden.cli import PROGRAM
 from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, UserError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(message: str, status: int) -> int:
     """One line for each problem."""
     for line in message.splitlines():
-        print(f"nemo-qwen-hidden: {line}", file=sys.stderr)
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
     return status
 
 
@@ -129,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nemo-qwen-hidden",
+        prog=PROGRAM,
         description="Hidden states of Qwen2 and Qwen2.5 models in NeMo, on any parallel layout.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from nemo_qwen_hidden.cli import PROGRAM
 from nemo_qwen_hidden.progress import Event, Phase
 
-PROGRAM = "nemo-qwen-hidden"
 SI = ("", "k", "M", "G", "T", "P")
 
 

@@ -95,7 +95,7 @@ def _end_server() -> None:
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGKILL)  # it has nothing to tidy, and SIGTERM makes its libraries write a stack
 
 
 def run_ranks(

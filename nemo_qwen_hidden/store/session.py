@@ -20,7 +20,7 @@ from nemo_qwen_hidden.store.entries import HookPointEntry, ShardEntry
 from nemo_qwen_hidden.store.fields import to_json
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder, write_durably
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, Contents, remove, remove_if_empty, survey
-from nemo_qwen_hidden.store.format import DTYPES, MANIFEST, MARKER, PARTIAL, human_bytes, shard_name
+from nemo_qwen_hidden.store.format import DTYPES, MANIFEST, MARKER, PARTIAL, TOKENS, human_bytes, shard_name
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.shard import shard_header
 
@@ -61,11 +61,36 @@ def check_space(path: Path, needed_bytes: int) -> None:
         raise StoreError("store.path", rule, str(path))
 
 
-def begin(path: Path, description: Mapping[str, Any], *, overwrite: bool) -> None:
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A hidden temporary folder beside ``path``, for a token table that is written before ``begin``.
+
+    Folders above it that it had to make go again where the block raised.
+
+    Raises:
+        StoreError: the folder cannot be made.
+    """
+    parent = path.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]  # the deepest first
+    try:
+        with _naming_path(path):
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=parent)
+        with folder as name:
+            yield Path(name)
+    except BaseException:
+        for folder_made in made:
+            if folder_made.exists():
+                remove_if_empty(folder_made)
+        raise
+
+
+def begin(path: Path, description: Mapping[str, Any], *, overwrite: bool, staged: Path | None = None) -> None:
     """Makes the folder and marks it as a store under construction; an earlier store there is deleted.
 
     Args:
         description: what is being made, JSON values, kept in the marker.
+        staged: a folder of ``staging`` whose token table becomes the store's.
 
     Raises:
         StoreError: as ``check_target``.
@@ -85,10 +110,18 @@ def begin(path: Path, description: Mapping[str, Any], *, overwrite: bool) -> Non
             "made_folder": made or bool(before.marker and before.marker.get("made_folder")),
         }
         # marker before deletion: at every moment the folder is a whole store or says that it is unfinished
-        write_durably(path / MARKER, to_json(marker))
+        try:
+            write_durably(path / MARKER, to_json(marker))
+        except OSError:
+            if made:
+                remove_if_empty(path)
+            raise
         if made:
             sync_folder(path.parent)
         _clear(path, before)
+        if staged is not None:
+            os.rename(staged / TOKENS, path / TOKENS)
+            sync_folder(path)
 
 
 def finish(path: Path, manifest: Manifest, *, written: Written) -> Manifest:
