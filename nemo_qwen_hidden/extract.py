@@ -21,6 +21,7 @@ from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.parallel.launch import local_world
 from nemo_qwen_hidden.plan.footprint import store_bytes
 from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
 from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from nemo_qwen_hidden.store.writer import ShardWriter
 
 LENGTHS_AT_ONCE = 65536
-GATHERED_MICROBATCHES = 16
+MOST_GATHERED_MICROBATCHES = 16
+GATHERED_BYTES = 256 * 2**20
 Written = dict[tuple[HookPoint, int], int]
 
 
@@ -236,7 +238,7 @@ def _run_gathering(
             buffer, expected, groups, hidden_size=model.config.hidden_size, dtype=model.config.params_dtype
         ):
             assert writer is not None
-            writer.write(piece.hook_point, piece.runs, piece.values.cpu())
+            writer.write(piece.hook_point, piece.runs, piece.values)
     if writer is None:
         return {}
     writer.close()
@@ -247,9 +249,16 @@ def _rounds(job: Job, begun: Begun) -> Iterator[tuple[tuple[Microbatch, ...], di
     """Some microbatches at a time, and the token ids of each of their segments by first row."""
     table = _token_table(job, begun)
     stream = plan(_lengths(table), job.batching)
-    while microbatches := tuple(islice(stream, GATHERED_MICROBATCHES)):
+    while microbatches := tuple(islice(stream, _round_size(job))):
         segments = (segment for microbatch in microbatches for segment in microbatch.segments)
         yield microbatches, {s.first_row: table.token_id[s.first_row : s.first_row + s.length] for s in segments}
+
+
+def _round_size(job: Job) -> int:
+    """Microbatches that are run before their states are gathered: as many as fit ``GATHERED_BYTES``, at most 16."""
+    values = job.batching.batch_tokens * job.architecture.shape.hidden_size * len(job.points)
+    fitting = GATHERED_BYTES // (values * BYTES[job.settings.precision.compute])
+    return max(1, min(MOST_GATHERED_MICROBATCHES, fitting))
 
 
 def _token_table(job: Job, begun: Begun) -> TokenTable:
@@ -267,5 +276,4 @@ def _lengths(table: TokenTable) -> Iterator[int]:
 
 def _fair_threads(world: int) -> int:
     """This machine's usable cores, shared equally among the ranks on it."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
+    return max(1, len(os.sched_getaffinity(0)) // local_world(world))

@@ -6,7 +6,7 @@ receiver walk the same list in the same order.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -42,13 +42,13 @@ class LocalStates:
 
 
 class SliceBuffer:
-    """A sink that keeps slices in memory until they are asked for."""
+    """A sink that keeps slices in the CPU's memory until they are asked for."""
 
     def __init__(self) -> None:
         self._slices: dict[tuple[HookPoint, int], LocalSlice] = {}
 
     def __call__(self, piece: LocalSlice) -> None:
-        self._slices[piece.hook_point, piece.microbatch] = piece
+        self._slices[piece.hook_point, piece.microbatch] = replace(piece, values=piece.values.cpu())
 
     def take(self, point: HookPoint, microbatch: int) -> LocalSlice:
         """Hands a slice over and forgets it."""
@@ -77,9 +77,10 @@ def holdings(
 def gather_slices(
     held: SliceBuffer, expected: Iterable[Holding], groups: ProcessGroups, *, hidden_size: int, dtype: torch.dtype
 ) -> Iterator[LocalSlice]:
-    """Yields every slice of ``expected`` on rank 0, one at a time; nothing on the others. Collective over all ranks.
+    """Yields every slice of ``expected`` on rank 0, one at a time, on the CPU; nothing on the others. Collective over
+    all ranks: has to be run to its end on each.
 
-    Has to be run to its end on every rank.
+    Goes over the control group, whose patience outlasts a slow disk behind rank 0.
     """
     rank = groups.place.rank
     for holding in expected:
@@ -87,13 +88,13 @@ def gather_slices(
             yield held.take(holding.hook_point, holding.microbatch)
         elif rank == 0:
             rows = sum(run.length for run in holding.runs)
-            values = torch.empty(rows, hidden_size, dtype=dtype, device=groups.device)
-            dist.recv(values, group=groups.world, group_src=holding.rank)
+            values = torch.empty(rows, hidden_size, dtype=dtype)
+            dist.recv(values, group=groups.control, group_src=holding.rank)
             yield LocalSlice(
                 hook_point=holding.hook_point, microbatch=holding.microbatch, runs=holding.runs, values=values
             )
         elif rank == holding.rank:
-            dist.send(held.take(holding.hook_point, holding.microbatch).values, group=groups.world, group_dst=0)
+            dist.send(held.take(holding.hook_point, holding.microbatch).values, group=groups.control, group_dst=0)
 
 
 class BatchAssembler:
@@ -131,7 +132,7 @@ class BatchAssembler:
             runs = [run for piece in slices for run in piece.runs]
             places = [(*self.place_of(run.first_row), run.length) for run in runs]
             found[point] = LocalStates(
-                values=torch.cat([like.new_empty(0, hidden_size), *(piece.values for piece in slices)]),
+                values=torch.cat([like.new_empty(0, hidden_size), *(piece.values.to(like) for piece in slices)]),
                 sequence=torch.tensor(
                     [sequence for sequence, _, length in places for _ in range(length)], dtype=torch.int64
                 ),

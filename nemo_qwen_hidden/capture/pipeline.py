@@ -25,7 +25,7 @@ from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.slices import stripe
-from nemo_qwen_hidden.plan.stages import last_active_stage, layers_to_run, points_of_stage
+from nemo_qwen_hidden.plan.stages import last_active_stage, points_of_stage
 
 SENDS_IN_FLIGHT = 2
 
@@ -80,7 +80,7 @@ class Pipeline:
         self._stage = groups.place.pp
         depth = deepest(points, stages[-1].stop)
         self._points = points_of_stage(points, stages, self._stage)
-        self._layers = layers_to_run(stages[self._stage], depth)
+        self._depth = depth
         self._last = last_active_stage(stages, depth)
         self._final_norm = any(point.site == FINAL_NORM for point in points)
 
@@ -96,8 +96,9 @@ class Pipeline:
         with ExitStack() as stack:
             stack.enter_context(megatron_on_host())
             stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(self._groups.device.type, enabled=False))
             stack.enter_context(_evaluating(self._model))
-            stack.enter_context(decoder_of_depth(self._model, self._layers, final_norm=self._final_norm))
+            stack.enter_context(decoder_of_depth(self._model, self._depth, final_norm=self._final_norm))
             taps = stack.enter_context(tapped(self._model, self._points, sink))
             sends: deque[tuple[dist.Work, Tensor]] = deque()
             for microbatch, received in self._receive(microbatches):

@@ -119,15 +119,16 @@ def module_of(model: MCoreGPTModel, point: HookPoint) -> nn.Module:
 
 
 @contextmanager
-def decoder_of_depth(model: MCoreGPTModel, layers: int, *, final_norm: bool) -> Iterator[None]:
-    """While entered, this stage's decoder ends after its first ``layers`` layers, and before the final norm unless
-    ``final_norm``."""
+def decoder_of_depth(model: MCoreGPTModel, depth: int, *, final_norm: bool) -> Iterator[None]:
+    """While entered, the model ends after its first ``depth`` layers (counted over all stages), before the final norm
+    unless ``final_norm``, and before an output layer in any case."""
     decoder = model.decoder
-    all_layers, norm = decoder.layers, decoder.final_layernorm
+    all_layers, norm, post_process = decoder.layers, decoder.final_layernorm, model.post_process
     try:
-        decoder.layers = all_layers[:layers]
+        decoder.layers = nn.ModuleList(layer for layer in all_layers if layer.layer_number <= depth)
         if not final_norm:
             decoder.final_layernorm = None
+        model.post_process = False
         yield
     finally:
-        decoder.layers, decoder.final_layernorm = all_layers, norm
+        decoder.layers, decoder.final_layernorm, model.post_process = all_layers, norm, post_process

@@ -56,11 +56,11 @@ class TensorFiles:
             CheckpointError: neither is there, or the index names a file that is not.
         """
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            files = _read_index(index)
-        elif single.is_file():
+        if single.is_file():  # first, as in transformers: an index beside it is what an earlier save left
             with _open_numpy(single) as handle:
                 files = dict.fromkeys(handle.keys(), single.name)
+        elif index.is_file():
+            files = _read_index(index)
         else:
             raise CheckpointError(
                 "model.path", "must hold model.safetensors or model.safetensors.index.json", str(folder)

@@ -134,7 +134,7 @@ def _unfinished(job: Job) -> str:
 def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
     from nemo_qwen_hidden.parallel.groups import process_groups
 
-    with process_groups(job.topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         return extract.run(job, begun, groups, rank.send)
 
 

@@ -15,16 +15,17 @@ from nemo_qwen_hidden.capture.pipeline import Pipeline, TokenRows
 from nemo_qwen_hidden.capture.taps import Sink
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
-from nemo_qwen_hidden.errors import ConfigError, raise_all
+from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, TensorFiles
+from nemo_qwen_hidden.errors import CheckpointError, ConfigError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
 from nemo_qwen_hidden.model.weights import load_weights
+from nemo_qwen_hidden.parallel.agree import all_values
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
 from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.plan.microbatches import Batching, Microbatch, plan, replica_of
 from nemo_qwen_hidden.plan.stages import split_layers
-from nemo_qwen_hidden.topology import model_problems
+from nemo_qwen_hidden.topology import Topology, model_problems
 
 Gather = Literal["rank0", "all", "none"]
 
@@ -43,6 +44,7 @@ class Qwen2HiddenModel(Qwen2Model):
         super().__init__(config, **kwargs)
         self.architecture: Architecture | None = None
         self._groups: ProcessGroups | None = None
+        self._stages: tuple[range, ...] | None = None
 
     @classmethod
     def from_pretrained(
@@ -74,13 +76,16 @@ class Qwen2HiddenModel(Qwen2Model):
         """
         folder = locate(None if path is None else str(path))
         architecture = read_architecture(folder)
-        if groups is None:
-            groups = current_groups() if has_groups() else one_rank()
+        if groups is None and has_groups():
+            groups = current_groups()
         shape = architecture.shape
         layers = shape.num_layers if num_layers is None else num_layers
-        _check(architecture, groups, dtype=dtype, num_layers=layers)
+        _check(architecture, Topology() if groups is None else groups.topology, dtype=dtype, num_layers=layers)
         files = TensorFiles.of(folder)
         files.check(shape)
+        if output_layer and not architecture.tied and OUTPUT not in files.files:
+            raise CheckpointError("model.path", f"must hold the tensor `{OUTPUT}` for its output layer", str(folder))
+        groups = groups or one_rank()
         keeps_norm = final_norm and layers == shape.num_layers
         config = configure(architecture, groups.topology, dtype=dtype, num_layers=layers, final_norm=keeps_norm)
         config.output_layer = output_layer
@@ -91,6 +96,7 @@ class Qwen2HiddenModel(Qwen2Model):
         with files.reader() as reader:
             load_weights(model.module, reader, shape, groups.place)
         model.architecture, model._groups = architecture, groups
+        model._stages = split_layers(layers, groups.topology.pp)
         model.eval()
         return model
 
@@ -135,8 +141,14 @@ class Qwen2HiddenModel(Qwen2Model):
 
     @property
     def stages(self) -> tuple[range, ...]:
-        """Layer indices of every pipeline stage."""
-        return split_layers(self.config.num_layers, self.config.pipeline_model_parallel_size)
+        """Layer indices of every pipeline stage. For a model that NeMo built, in whatever way it split the layers, the
+        first call is collective over all ranks."""
+        if self._stages is None:
+            numbers = [layer.layer_number for layer in self.module.decoder.layers]
+            own = self.groups.place.pp, numbers
+            everyone = all_values(own, self.groups)
+            self._stages = _contiguous(dict(everyone), self.groups.topology.pp)
+        return self._stages
 
     def capture(
         self,
@@ -252,7 +264,18 @@ class Qwen2HiddenModel(Qwen2Model):
         return points
 
 
-def _check(architecture: Architecture, groups: ProcessGroups, *, dtype: str, num_layers: int) -> None:
+def _contiguous(numbers: dict[int, list[int]], pp: int) -> tuple[range, ...]:
+    """Megatron's layer numbers (from 1) of each stage, as ranges of layer indices (from 0)."""
+    stages: list[range] = []
+    for stage in range(pp):
+        start = stages[-1].stop if stages else 0
+        stages.append(range(start, start + len(numbers[stage])))
+        if [index + 1 for index in stages[-1]] != numbers[stage]:
+            raise ConfigError("pipeline layout", "must keep each stage's layers together and in order", numbers)
+    return tuple(stages)
+
+
+def _check(architecture: Architecture, topology: Topology, *, dtype: str, num_layers: int) -> None:
     shape = architecture.shape
     if dtype not in TORCH_DTYPES:
         raise ConfigError("dtype", f"must be one of {', '.join(TORCH_DTYPES)}", dtype)
@@ -260,7 +283,7 @@ def _check(architecture: Architecture, groups: ProcessGroups, *, dtype: str, num
         raise ConfigError("num_layers", f"must be from 1 to {shape.num_layers}", num_layers)
     raise_all(
         model_problems(
-            groups.topology,
+            topology,
             num_layers=num_layers,
             num_heads=shape.num_heads,
             num_query_groups=shape.num_query_groups,

@@ -99,11 +99,12 @@ class SdpaCoreAttention(MegatronModule):
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layers and final norm of this stage: Transformer Engine's where it can run, else Megatron's local layers with
-    the norm and the attention of this file.
+    the norm and the attention of this file. In fp32 the latter always: Transformer Engine's linears would round to
+    TF32, and its attention has no fp32 kernel for packed sequences.
 
     Only a GPU can run the first; ``tests/gpu/test_transformer_engine.py`` shows it.
     """
-    if transformer_engine_runs():
+    if transformer_engine_runs() and config.params_dtype != torch.float32:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm

@@ -24,6 +24,13 @@ def broadcast_value(value: Any, groups: ProcessGroups) -> Any:
     return box[0]
 
 
+def all_values(value: Any, groups: ProcessGroups) -> list[Any]:
+    """Every rank's value, by rank, on every rank. Collective over all ranks."""
+    values: list[Any] = [None] * groups.topology.world
+    dist.all_gather_object(values, value, group=groups.control)
+    return values
+
+
 def gather_values(value: Any, groups: ProcessGroups) -> list[Any]:
     """Every rank's value, by rank, on rank 0; an empty list elsewhere. Collective over all ranks."""
     values: list[Any] | None = [None] * groups.topology.world if groups.place.rank == 0 else None

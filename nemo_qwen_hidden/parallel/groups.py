@@ -1,20 +1,21 @@
 """Process groups of one rank, as a value that is passed down; Megatron's global parallel state is touched only here."""
 
 import atexit
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.host import device
+from nemo_qwen_hidden.parallel.launch import launched_local_rank, launched_world
 from nemo_qwen_hidden.topology import Place, Topology
 
 TIMEOUT_SECS = 600
@@ -43,12 +44,12 @@ class ProcessGroups:
 
 @contextmanager
 def process_groups(
-    topology: Topology, *, rank: int | None = None, init_method: str | None = None, timeout_secs: float = TIMEOUT_SECS
+    topology: Topology, *, rank: int | None = None, rendezvous: Path | None = None, timeout_secs: float = TIMEOUT_SECS
 ) -> Iterator[ProcessGroups]:
     """Makes the process groups of ``topology`` and takes them away again. Collective over all ranks.
 
     Without ``rank``: under torchrun its environment is used; otherwise the topology must have one rank.
-    ``init_method`` is torch.distributed's, such as ``file:///...``.
+    ``rendezvous`` goes with ``rank``: a file that does not exist yet, on a disk that all ranks share.
 
     Raises:
         ConfigError: the ranks that there are do not match the topology, or process groups exist already.
@@ -59,17 +60,18 @@ def process_groups(
             "must not be initialised yet; use current_groups() to join what is there",
             "initialised",
         )
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched = launched_world() is not None
     if rank is None and not launched and topology.world > 1:
         raise ConfigError(
             "parallel", "must be one rank in a process that no launcher started (use torchrun)", str(topology)
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank or 0)) % torch.cuda.device_count())
+        _choose_device((launched_local_rank() or 0) if rank is None else rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_secs)
     if rank is not None:
-        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=topology.world, timeout=timeout)
+        store = FileStore(str(rendezvous), topology.world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=topology.world, timeout=timeout)
     elif launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -79,6 +81,13 @@ def process_groups(
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _choose_device(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        rule = f"must ask for at most as many ranks on a machine as it has GPUs ({torch.cuda.device_count()})"
+        raise ConfigError("parallel", rule, f"rank {local_rank} of this machine")
+    torch.cuda.set_device(local_rank)
 
 
 def current_groups(*, sp: bool = False) -> ProcessGroups:
@@ -103,10 +112,12 @@ def current_groups(*, sp: bool = False) -> ProcessGroups:
     if world is None or tp is None or pp is None:
         raise ConfigError("process groups", "must include this rank in a tp and a pp group", None)
     topology = Topology(tp=tp.size(), pp=pp.size(), dp=dist.get_world_size() // (tp.size() * pp.size()), sp=sp)
+    place = topology.at(dist.get_rank())
+    own = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    if own != (place.tp, place.pp):
+        raise ConfigError("order of the parallel axes", "must be Megatron's default, tp-cp-ep-dp-pp", "another")
     control = dist.new_group(backend="gloo", timeout=timedelta(days=CONTROL_TIMEOUT_DAYS))
-    return ProcessGroups(
-        place=topology.at(dist.get_rank()), world=world, tp=tp, pp=pp, control=control, device=device()
-    )
+    return ProcessGroups(place=place, world=world, tp=tp, pp=pp, control=control, device=device())
 
 
 def has_groups() -> bool:
@@ -118,7 +129,12 @@ def one_rank() -> ProcessGroups:
     """Process groups of a single rank that last as long as the process, for interactive use."""
     stack = ExitStack()
     groups = stack.enter_context(process_groups(Topology()))
-    atexit.register(stack.close)
+
+    def close() -> None:
+        if dist.is_initialized():  # unless the user has taken them away already
+            stack.close()
+
+    atexit.register(close)
     return groups
 
 

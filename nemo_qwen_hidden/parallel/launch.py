@@ -24,16 +24,20 @@ from typing import Any
 from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError, RankError, UserError
 
 PRELOAD = ("nemo_qwen_hidden.model.hidden_model",)
+DEVICES = Path("/dev")
 GRACE_SECS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What a started rank knows of itself. ``send`` hands an event (anything that pickles) to the starter."""
+    """What a started rank knows of itself. ``send`` hands an event (anything that pickles) to the starter.
+
+    rendezvous: a file that does not exist yet, where the ranks of one run meet.
+    """
 
     rank: int
     world: int
-    init_method: str
+    rendezvous: Path
     send: Callable[[Any], None]
 
 
@@ -69,6 +73,27 @@ def launched_world() -> int | None:
     return world
 
 
+def launched_local_rank() -> int | None:
+    """This process's number among the launcher's ranks on its machine; None without a launcher."""
+    if launched_world() is None:
+        return None
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+
+
+def local_world(world: int) -> int:
+    """How many of ``world`` ranks are on this machine: all, unless a launcher says otherwise.
+
+    Raises:
+        ConfigError: the launcher's ``LOCAL_WORLD_SIZE`` makes no sense.
+    """
+    told = os.environ.get("LOCAL_WORLD_SIZE") if launched_world() is not None else None
+    if told is None:
+        return world
+    if not told.isdecimal() or told == "0":
+        raise ConfigError("environment variable LOCAL_WORLD_SIZE", "must be a whole number of at least 1", told)
+    return int(told)
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or none that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
@@ -81,8 +106,13 @@ def is_first_of_machine() -> bool:
 
 
 def warm_up(log: Path) -> None:
-    """Starts the fork server, which begins to import NeMo, and returns at once. What it prints goes to ``log``."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    """Starts the fork server, which begins to import NeMo, and returns at once. What it prints goes to ``log``.
+
+    Where there is a GPU each rank imports NeMo by itself: the import initialises CUDA (nvidia-modelopt 0.37,
+    ``quantization/triton/__init__.py:26``), which a forked process cannot use.
+    """
+    has_gpu = any(DEVICES.glob("nvidia[0-9]*"))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([] if has_gpu else list(PRELOAD))
     with output_to(log):
         forkserver.ensure_running()
     atexit.unregister(_end_server)
@@ -123,7 +153,7 @@ def run_ranks(
         try:
             for rank in range(world):
                 here, there = context.Pipe(duplex=False)
-                start = (rank, world, f"file://{folder}/rendezvous", there, log, target, tuple(args))
+                start = (rank, world, Path(folder) / "rendezvous", there, log, target, tuple(args))
                 process = context.Process(target=_main, args=start, daemon=True)
                 process.start()
                 there.close()
@@ -138,13 +168,13 @@ def run_ranks(
 
 
 def _main(
-    rank: int, world: int, init_method: str, pipe: Connection, log: Path, target: Target, args: tuple[Any, ...]
+    rank: int, world: int, rendezvous: Path, pipe: Connection, log: Path, target: Target, args: tuple[Any, ...]
 ) -> None:
     """In the rank. Ctrl-C reaches the whole foreground group; the starter decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _dup_log(log)
     try:
-        result = target(Rank(rank=rank, world=world, init_method=init_method, send=pipe.send), *args)
+        result = target(Rank(rank=rank, world=world, rendezvous=rendezvous, send=pipe.send), *args)
         pipe.send(_Result(result))
     except BaseException as error:
         traceback.print_exc()
@@ -152,7 +182,7 @@ def _main(
         with suppress(OSError):  # the starter may be gone
             pipe.send(_Failure(error if isinstance(error, UserError) else None, last_line))
         sys.stderr.flush()
-        os._exit(1)  # peers may be gone already: tearing process groups down could wait for them
+        os._exit(1)
     finally:
         pipe.close()
 

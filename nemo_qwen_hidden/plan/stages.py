@@ -27,11 +27,6 @@ def points_of_stage(points: Sequence[HookPoint], stages: Sequence[range], stage:
     return tuple(point for point in points if stage_of(point, stages) == stage)
 
 
-def layers_to_run(stage_layers: range, depth: int) -> int:
-    """How many of a stage's layers have to run when the first ``depth`` layers of the model have to."""
-    return max(0, min(stage_layers.stop, depth) - stage_layers.start)
-
-
 def last_active_stage(stages: Sequence[range], depth: int) -> int:
     """The deepest stage that has anything to run; stages after it stay idle."""
     return max((stage for stage, layers in enumerate(stages) if layers.start < depth), default=0)

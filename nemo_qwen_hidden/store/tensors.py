@@ -16,6 +16,13 @@ def to_stored(values_nH: torch.Tensor, dtype: Dtype) -> torch.Tensor:
     return values_nH.detach().to(TORCH_DTYPES[dtype.name]).contiguous()
 
 
+def first_not_finite(values_nH: torch.Tensor) -> int | None:
+    """Index along n of the first row with an infinite value or NaN, or None."""
+    if not values_nH.numel() or all(torch.isfinite(end) for end in torch.aminmax(values_nH)):
+        return None
+    return int((~torch.isfinite(values_nH)).any(dim=1).nonzero()[0])
+
+
 def first_overflow(values_nH: torch.Tensor, stored_nH: torch.Tensor) -> int | None:
     """Index along n of the first row in which a finite value became infinite by the cast, or None."""
     if torch.finfo(values_nH.dtype).max <= torch.finfo(stored_nH.dtype).max:

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.files import naming_full_disk, write_all
 from nemo_qwen_hidden.store.format import DTYPES, PARTIAL, ShardGrid, shard_name
 from nemo_qwen_hidden.store.shard import shard_header
-from nemo_qwen_hidden.store.tensors import first_overflow, row_bytes, to_stored
+from nemo_qwen_hidden.store.tensors import first_not_finite, first_overflow, row_bytes, to_stored
 
 Shard = tuple[HookPoint, int]  # and its number
 
@@ -80,13 +80,18 @@ class ShardWriter:
             values_nH: [n rows, H hidden], any float dtype, on the CPU; cast to the stored dtype here.
 
         Raises:
-            StoreError: a finite value is too large for the stored dtype (nothing of this call is written), or no
-                space is left (what was written of this call is not counted in full).
+            StoreError: a value is not finite, or too large for the stored dtype (nothing of this call is written), or
+                no space is left (what was written of this call is not counted in full).
             ValueError: rows outside the store, or values of another shape, device or kind than said above.
         """
         self._check(hook_point, runs, values_nH)
         if not len(values_nH):
             return
+        broken = first_not_finite(values_nH)
+        if broken is not None:
+            where = f"{hook_point} has none in row {_row_at(runs, broken)}"
+            rule = f"must give finite values; {where} (fp16 ends at 65504)"
+            raise StoreError("precision.compute", rule, str(values_nH.dtype).removeprefix("torch."))
         stored = to_stored(values_nH, self._dtype)
         overflow = first_overflow(values_nH, stored)
         if overflow is not None:

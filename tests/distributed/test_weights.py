@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.plan.footprint import weight_bytes
 from nemo_qwen_hidden.plan.stages import split_layers
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.models import TINY, Tiny, ragged_batch, relative_error, save_tiny, transformers_states
-from tests.support.ranks import gathered, loaded
+from tests.support.ranks import custom_layout, gathered, loaded
 
 
 def without_prefix(source: Path, to: Path) -> Path:
@@ -60,3 +61,22 @@ def test_a_rank_holds_what_the_plan_says_and_no_output_layer(
         )
         assert not any("output_layer" in name for name in names)
         assert any("word_embeddings" in name for name in names) == (stage == 0)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tiny_folders: dict[Tiny, Path], tmp_path: Path) -> None:
+    both = save_tiny(tmp_path / "both", TINY[0], max_shard_size="100KB")
+    (both / "model.safetensors").write_bytes((tiny_folders[TINY[0]] / "model.safetensors").read_bytes())
+    assert set(TensorFiles.of(both).files.values()) == {"model.safetensors"}
+
+
+def test_stages_of_another_split(tiny_folders: dict[Tiny, Path], start_ranks: Start) -> None:
+    """One layer and four: the stages are what the model has, not what an even split would give; and values do not
+    depend on autocast around the call."""
+    batch, folder = ragged_batch((9, 4)), tiny_folders[TINY[0]]
+    layout = [["embedding", "decoder"], ["decoder"] * 4 + ["loss"]]
+    (sizes, states), _ = start_ranks(2, custom_layout, folder, batch, layout)
+    assert sizes == [1, 4]
+    reference = transformers_states(folder, batch)
+    for point, values in states.items():
+        for row, length in enumerate(batch.lengths):
+            assert relative_error(torch.from_numpy(values[row, :length]), reference[row][point]) <= 5e-6

@@ -30,7 +30,7 @@ def gathered(
 
     torch.set_num_threads(1)
     found = []
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         for folder in folders:
             model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, dtype=dtype)
             found.append([_numpy(model, batch, chosen) for chosen in options])
@@ -49,7 +49,7 @@ def local_and_all(rank: Rank, topology: Topology, folder: Path, batch: Batch) ->
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     torch.set_num_threads(1)
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
         local = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=EVERYTHING, gather="none")
         whole = _numpy(model, batch, {"gather": "all"})
@@ -66,7 +66,7 @@ def layers_computed(rank: Rank, topology: Topology, folder: Path, batch: Batch, 
 
     torch.set_num_threads(1)
     found = []
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups).train()
         decoder, ran = model.module.decoder, []
         for layer in decoder.layers:
@@ -92,7 +92,7 @@ def stored(rank: Rank, job: Any, begun: Any) -> Any:
     from nemo_qwen_hidden import extract
     from nemo_qwen_hidden.parallel.groups import process_groups
 
-    with process_groups(job.topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         return extract.run(job, begun, groups)
 
 
@@ -106,7 +106,7 @@ def forward_outputs(rank: Rank, topology: Topology, folder: Path, batch: Batch) 
     ids = batch.input_ids
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool().expand(len(ids), 1, -1, -1)
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups, torch.no_grad():
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, torch.no_grad():
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
         causal, masked = model(ids, positions), model(ids, positions, future)
         refused = ""
@@ -139,7 +139,7 @@ def runs_ahead(rank: Rank, folder: Path, batch: Batch, meeting: Path) -> list[in
         if piece.microbatch == 0:
             store.wait(["0/2"], timedelta(seconds=60))
 
-    with process_groups(Topology(pp=2), rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(Topology(pp=2), rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
         last = HookPoint("resid_post", model.config.num_layers - 1)
         model.capture(microbatches, lambda first, n: rows[first : first + n], points=[last], sink=hold_back, done=done)
@@ -153,7 +153,7 @@ def loaded(rank: Rank, topology: Topology, folder: Path, dtype: str) -> tuple[in
     from nemo_qwen_hidden.parallel.groups import process_groups
     from tests.support.memory import PeakAnonymous
 
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups:
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         with PeakAnonymous() as peak:
             model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, dtype=dtype)
         dist.barrier()
@@ -169,9 +169,37 @@ def losses(rank: Rank, topology: Topology, folders: Sequence[Path], batch: Batch
     torch.set_num_threads(1)
     ids = batch.input_ids
     positions, found = torch.arange(ids.shape[1]).expand_as(ids), []
-    with process_groups(topology, rank=rank.rank, init_method=rank.init_method) as groups, torch.no_grad():
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, torch.no_grad():
         for folder in folders:
             model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, output_layer=True)
             found.append(model(ids, positions, labels=ids.roll(-1, dims=1)).numpy())
         dist.barrier()
     return found
+
+
+def custom_layout(rank: Rank, folder: Path, batch: Batch, layout: list[list[str]]) -> Any:
+    """``final_norm`` of a model whose stages NeMo made by a layout of the user's, under autocast."""
+    from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+    from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+    from nemo_qwen_hidden.model.config import configure
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.model.weights import load_weights
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import megatron_on_host
+
+    torch.set_num_threads(1)
+    topology, architecture = Topology(pp=2), read_architecture(folder)
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        layers = architecture.shape.num_layers
+        config = configure(architecture, topology, dtype="fp32", num_layers=layers, final_norm=True)
+        config.pipeline_model_parallel_layout = layout
+        config.__post_init__()
+        model = Qwen2HiddenModel(config)
+        with megatron_on_host():
+            model.configure_model()
+        with TensorFiles.of(folder).reader() as reader:
+            load_weights(model.module, reader, architecture.shape, groups.place)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = _numpy(model, batch, {"hook_points": ["resid_post@0", "final_norm"]})
+        dist.barrier()
+    return [len(stage) for stage in model.stages], states
