@@ -21,6 +21,7 @@ from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.parallel.heap import HeapTrimmer
 from nemo_qwen_hidden.parallel.launch import local_world
 from nemo_qwen_hidden.plan.footprint import store_bytes
 from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
@@ -120,6 +121,7 @@ def run(job: Job, begun: Begun, groups: "ProcessGroups", report: Report = silent
     import torch
 
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.agree import wait_for_all
 
     torch.set_num_threads(job.settings.runtime.threads or _fair_threads(job.topology.world))
     place = groups.place
@@ -135,11 +137,13 @@ def run(job: Job, begun: Begun, groups: "ProcessGroups", report: Report = silent
     )
     if speaks:
         report(Phase("running"))
-    start, rows = time.perf_counter(), 0
+    wait_for_all(groups)  # so that the time of running counts nobody's start-up
+    start, rows, heap = time.perf_counter(), 0, HeapTrimmer()
 
     def done(microbatch: Microbatch) -> None:
         nonlocal rows
         rows += microbatch.rows
+        heap.trim()
         if speaks:
             report(Progress(place.dp, rows))
 

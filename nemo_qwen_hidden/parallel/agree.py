@@ -24,6 +24,11 @@ def broadcast_value(value: Any, groups: ProcessGroups) -> Any:
     return box[0]
 
 
+def wait_for_all(groups: ProcessGroups) -> None:
+    """Returns when every rank has come here. Collective over all ranks."""
+    dist.barrier(group=groups.control)
+
+
 def all_values(value: Any, groups: ProcessGroups) -> list[Any]:
     """Every rank's value, by rank, on every rank. Collective over all ranks."""
     values: list[Any] = [None] * groups.topology.world
