@@ -43,7 +43,7 @@ real: venv  ## Real Qwen2.5 weights (or the folder in NQH_REAL_MODEL): a run ove
 	sources=$$($(BIN)/python -c 'import json, os; print(os.path.dirname(json.__file__))'); \
 	$(BIN)/nemo-qwen-hidden extract model.path="$$model" data.path="$$sources/**/*.py" \
 	    store.path=out/real store.overwrite=true; \
-	NQH_REAL_MODEL="$$model" $(BIN)/python -m pytest -m real
+	NQH_REAL_MODEL="$$model" $(BIN)/python -m pytest -m real -raP
 
 test-gpu: venv  ## Tests that need a CUDA device.
 	$(BIN)/python -m pytest -m gpu
