@@ -62,8 +62,8 @@ class Qwen2HiddenModel(Qwen2Model):
 
         Args:
             path: a folder with config.json and safetensors, or a hub id; None is the embedded demo model.
-            groups: where this rank stands. None joins the process groups that there are, without sequence
-                parallelism, or makes a single rank's.
+            groups: where this rank stands. None joins the process groups that there are (those of NeMo without
+                sequence parallelism), or makes a single rank's.
             dtype: of weights and activations: fp32, bf16 or fp16.
             num_layers: keep only the first so many layers; the pipeline is then split over these.
             final_norm: keep the final norm; only with all layers.

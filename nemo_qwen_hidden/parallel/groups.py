@@ -19,6 +19,7 @@ from nemo_qwen_hidden.parallel.launch import launched_local_rank, launched_world
 from nemo_qwen_hidden.topology import Place, Topology
 
 TIMEOUT_SECS = 600
+_OPEN: list["ProcessGroups"] = []  # of process_groups while it is open, as Megatron's own state is: one a process
 CONTROL_TIMEOUT_DAYS = 30
 
 
@@ -77,8 +78,11 @@ def process_groups(
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        yield _make_groups(topology, timeout_secs)
+        groups = _make_groups(topology, timeout_secs)
+        _OPEN.append(groups)
+        yield groups
     finally:
+        _OPEN.clear()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -91,14 +95,16 @@ def _choose_device(local_rank: int) -> None:
 
 
 def current_groups(*, sp: bool = False) -> ProcessGroups:
-    """The groups that Megatron's parallel state has now, such as those of a NeMo training run. Collective over all
-    ranks: makes the control group.
+    """Those of the ``process_groups`` that is open, else what Megatron's parallel state has now, as in a NeMo training
+    run; then collective over all ranks, since it makes the control group.
 
-    ``sp``: whether the model splits the sequence over the tp axis, which the parallel state does not know.
+    ``sp``: whether the model splits the sequence over the tp axis, which Megatron's parallel state does not know.
 
     Raises:
         ConfigError: there are none, or they use an axis that this release does not support.
     """
+    if _OPEN:
+        return _OPEN[0]
     if not has_groups():
         raise ConfigError("process groups", "must have been made, e.g. with `process_groups(Topology(tp=2))`", None)
     for axis, size in (

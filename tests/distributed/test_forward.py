@@ -9,7 +9,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.models import TINY, Tiny, ragged_batch, relative_error, transformers_states
-from tests.support.ranks import forward_outputs, losses
+from tests.support.ranks import forward_outputs, losses, open_files_of_models
 
 
 def test_forward_gives_the_normed_state(tiny_folders: dict[Tiny, Path], start_ranks: Start) -> None:
@@ -33,3 +33,8 @@ def test_with_an_output_layer_labels_give_the_loss(tiny_folders: dict[Tiny, Path
         labels = batch.input_ids.roll(-1, dims=1)
         expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         assert np.allclose(loss, expected.numpy(), rtol=1e-5)
+
+
+def test_models_in_one_process_share_its_process_groups(tiny_folders: dict[Tiny, Path], start_ranks: Start) -> None:
+    ((after_one, after_five),) = start_ranks(1, open_files_of_models, tiny_folders[TINY[1]], 5)
+    assert after_five == after_one

@@ -203,3 +203,14 @@ def custom_layout(rank: Rank, folder: Path, batch: Batch, layout: list[list[str]
             states = _numpy(model, batch, {"hook_points": ["resid_post@0", "final_norm"]})
         dist.barrier()
     return [len(stage) for stage in model.stages], states
+
+
+def open_files_of_models(rank: Rank, folder: Path, models: int) -> tuple[int, int]:
+    """Open file descriptors after one and after ``models`` calls of ``from_pretrained()`` without groups."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    counts = []
+    for _ in range(models):
+        Qwen2HiddenModel.from_pretrained(folder)
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    return counts[0], counts[-1]
