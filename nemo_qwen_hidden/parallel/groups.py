@@ -62,6 +62,8 @@ def process_groups(
             "initialised",
         )
     launched = launched_world() is not None
+    if rank is not None and rendezvous is None:
+        raise ConfigError("rendezvous", "must name a file where the ranks meet, when `rank` is given", None)
     if rank is None and not launched and topology.world > 1:
         raise ConfigError(
             "parallel", "must be one rank in a process that no launcher started (use torchrun)", str(topology)

@@ -106,17 +106,18 @@ def is_first_of_machine() -> bool:
 
 
 def warm_up(log: Path) -> None:
-    """Starts the fork server, which begins to import NeMo, and returns at once. What it prints goes to ``log``.
-
-    Where there is a GPU each rank imports NeMo by itself: the import initialises CUDA (nvidia-modelopt 0.37,
-    ``quantization/triton/__init__.py:26``), which a forked process cannot use.
-    """
-    has_gpu = any(DEVICES.glob("nvidia[0-9]*"))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([] if has_gpu else list(PRELOAD))
+    """Starts the fork server, which begins to import NeMo, and returns at once. What it prints goes to ``log``."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_preload())
     with output_to(log):
         forkserver.ensure_running()
     atexit.unregister(_end_server)
     atexit.register(_end_server)
+
+
+def _preload() -> list[str]:
+    """What the fork server imports for all ranks. Nothing where there is a GPU: importing NeMo initialises CUDA there
+    (nvidia-modelopt 0.37, ``quantization/triton/__init__.py:26``), which a forked process cannot use."""
+    return [] if any(DEVICES.glob("nvidia[0-9]*")) else list(PRELOAD)
 
 
 def _end_server() -> None:

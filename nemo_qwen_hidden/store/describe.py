@@ -1,9 +1,8 @@
-"""What is in a store, for people and for programs. Nothing is printed here."""
+"""What is in a store, as values. Nothing is printed here."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_qwen_hidden.store.format import human_bytes
 from nemo_qwen_hidden.store.reader import Store
 
 
@@ -36,26 +35,8 @@ def hook_point_lines(store: Store) -> tuple[HookPointLine, ...]:
     )
 
 
-def describe(store: Store) -> list[tuple[str, str]]:
-    """Label and value of everything but the hook points, one line each; nested provenance as ``model.path``."""
-    manifest = store.manifest
-    facts = [
-        ("path", str(store.path)),
-        ("rows", f"{store.rows:,}"),
-        ("documents", f"{store.documents:,}"),
-        ("hidden size", f"{store.hidden_size:,}"),
-        ("hook points", f"{len(manifest.hook_points)}"),
-        ("dtype", f"{manifest.stored_dtype} stored, {manifest.compute_dtype} computed"),
-        ("shards", f"{manifest.grid.shards:,} a hook point, {manifest.shard_rows:,} rows each"),
-        ("size", human_bytes(total_bytes(store))),
-    ]
-    for section in ("model", "tokenizer", "data", "producer"):
-        facts += _flat(section, getattr(manifest, section))
-    return facts
-
-
 def as_dict(store: Store) -> dict[str, Any]:
-    """The same for programs: JSON values, sizes in bytes."""
+    """Everything that a store says of itself, as JSON values; sizes in bytes."""
     manifest = store.manifest
     return {
         "path": str(store.path),
@@ -78,9 +59,3 @@ def total_bytes(store: Store) -> int:
     """Bytes of shards and token table, as the manifest lists them."""
     shards = sum(line.bytes for line in hook_point_lines(store))
     return shards + sum(part.bytes for part in store.manifest.tokens)
-
-
-def _flat(label: str, value: object) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [fact for name, nested in value.items() for fact in _flat(f"{label}.{name}", nested)]
-    return [(label, "-" if value is None else str(value))]

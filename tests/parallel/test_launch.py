@@ -233,3 +233,13 @@ def test_nonsense_from_a_launcher(monkeypatch: pytest.MonkeyPatch, environment: 
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         launch.launched_world()
+
+
+def test_nothing_is_preloaded_where_a_gpu_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process cannot use CUDA that the server has initialised."""
+    monkeypatch.setattr(launch, "PRELOAD", ("nemo",))
+    monkeypatch.setattr(launch, "DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert launch._preload() == ["nemo"]
+    (tmp_path / "nvidia0").touch()
+    assert launch._preload() == []

@@ -125,7 +125,7 @@ def finish(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None
         status = None
     if status != 0:
         said = log.read_text(errors="replace")[-3000:]
-        raise AssertionError(f"{shlex.join(map(str, process.args))} ended with {status}:\n{said}")  # type: ignore
+        raise AssertionError(f"{process.args} ended with {status}:\n{said}")
 
 
 def as_under_torchrun(rank: Rank, script: str, port: int) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:

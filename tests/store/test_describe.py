@@ -1,20 +1,10 @@
-"""What is in a store, for people and for programs."""
+"""What is in a store; `tests/cli` has the same as people see it."""
 
 import json
 
-from nemo_qwen_hidden.store.describe import as_dict, describe, hook_point_lines, total_bytes
+from nemo_qwen_hidden.store.describe import as_dict, hook_point_lines, total_bytes
 from nemo_qwen_hidden.store.reader import open_store
 from tests.store.helpers import Made
-
-
-def test_for_people(shared: Made) -> None:
-    facts = dict(describe(open_store(shared.path)))
-    assert facts["rows"] == "23" and facts["documents"] == "5" and facts["hidden size"] == "6"
-    assert facts["dtype"] == "fp32 stored, fp32 computed"
-    assert facts["shards"] == "5 a hook point, 5 rows each"
-    assert facts["size"].endswith(" kB")
-    assert facts["model.path"] == "tiny"
-    assert facts["producer.layout"] == "tp=1 pp=1 dp=1 sp=false" and facts["producer.versions.torch"] == "2.13"
 
 
 def test_hook_points_with_norm_and_both_numberings(shared: Made) -> None:
