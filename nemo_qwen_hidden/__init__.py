@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nemo_qwen_hidden.hookpoint import HookPoint
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.store.datasets import BatchLoader, DocumentBatches, RowBatches
     from nemo_qwen_hidden.store.reader import open_store
 
 __version__ = "0.1.0"
-__all__ = ["HookPoint", "Qwen2HiddenModel", "__version__", "open_store"]
+__all__ = [
+    "BatchLoader",
+    "DocumentBatches",
+    "HookPoint",
+    "Qwen2HiddenModel",
+    "RowBatches",
+    "__version__",
+    "open_store",
+]
 
 _HOMES = {
+    "BatchLoader": "nemo_qwen_hidden.store.datasets",
+    "DocumentBatches": "nemo_qwen_hidden.store.datasets",
     "HookPoint": "nemo_qwen_hidden.hookpoint",
     "Qwen2HiddenModel": "nemo_qwen_hidden.model.hidden_model",
+    "RowBatches": "nemo_qwen_hidden.store.datasets",
     "open_store": "nemo_qwen_hidden.store.reader",
 }
 

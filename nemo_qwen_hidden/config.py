@@ -9,8 +9,11 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.topology import Topology
 
 DTYPES = ("fp32", "bf16", "fp16")
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STORED_DTYPES = (*DTYPES, "int8")
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 GATHER = ("none", "rank0")
+NONFINITE = ("refuse", "keep")
+ADD = ("hook_points", "documents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,12 @@ class CaptureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSettings:
-    """compute: dtype of weights and activations; stored: dtype in the store, None for the compute dtype."""
+    """compute: dtype of weights and activations; stored: dtype in the store, None for the compute dtype; ``int8`` has a
+    scale for each row. nonfinite: what to do with infinite values and NaN, ``refuse`` or ``keep``."""
 
     compute: str = "fp32"
     stored: str | None = None
+    nonfinite: str = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +75,17 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """path: the folder to make. shard_rows: rows in one shard file. overwrite: replace an earlier store there."""
+    """path: the folder to make, or to go on with. shard_rows: rows in one shard file. overwrite: replace an earlier
+    store there. add: ``hook_points`` over the rows of a finished store, or ``documents`` at its end.
+
+    commit_secs: what was computed is made durable after this long, so that a crash costs no more than that.
+    """
 
     path: str | None = None
     shard_rows: int = 65536
     overwrite: bool = False
+    add: str | None = None
+    commit_secs: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +122,9 @@ def check(settings: Settings) -> None:
     problems: list[UserError] = []
     choices = (
         ("precision.compute", settings.precision.compute, DTYPES),
-        ("precision.stored", settings.precision.stored, DTYPES),
+        ("precision.stored", settings.precision.stored, STORED_DTYPES),
+        ("precision.nonfinite", settings.precision.nonfinite, NONFINITE),
+        ("store.add", settings.store.add, ADD),
         ("capture.gather", settings.capture.gather, GATHER),
     )
     for setting, value, allowed in choices:
@@ -126,6 +139,10 @@ def check(settings: Settings) -> None:
     for setting, size in sizes:
         if size is not None and size < 1:
             problems.append(ConfigError(setting, "must be at least 1", size))
+    if settings.store.commit_secs < 0:
+        problems.append(ConfigError("store.commit_secs", "must be at least 0", settings.store.commit_secs))
+    if settings.store.add is not None and settings.store.overwrite:
+        problems.append(ConfigError("store.overwrite", "must be false where `store.add` adds to a store", True))
     try:
         parallel = settings.parallel
         Topology(tp=parallel.tp, pp=parallel.pp, dp=1 if parallel.dp is None else parallel.dp, sp=parallel.sp)

@@ -74,6 +74,16 @@ class PeerError(HiddenStatesError, RuntimeError):
         super().__init__("another rank failed, and says why")
 
 
+FAILED, USER_ERROR = 1, 2
+
+
+def status_of(error: BaseException) -> int:
+    """Exit status of a process that ends with ``error``: 2 for what the user can mend, 1 for the rest."""
+    if isinstance(error, PeerError):
+        return error.status
+    return USER_ERROR if isinstance(error, UserError) else FAILED
+
+
 class CoverageError(HiddenStatesError, RuntimeError):
     """After a run, some rows were written not at all or more than once: a fault of ours, never the user's."""
 

@@ -1,36 +1,42 @@
 """The main job: wires data, model, capture and store.
 
-Three steps, so that whoever starts the ranks can stand between them: ``begin`` (one process: the folder and its token
-table), ``run`` (every rank: hidden states into the store), ``finish`` (one process: coverage, then the manifest).
+Three steps, so that whoever starts the ranks can stand between them: ``begin`` (one process: what there is to do),
+``run`` (every rank: hidden states into the store), ``finish`` (one process: the manifest), all inside of ``locked``.
 """
 
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_qwen_hidden import target
 from nemo_qwen_hidden.config import BYTES
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
-from nemo_qwen_hidden.errors import StoreError
+from nemo_qwen_hidden.errors import StoreError, status_of
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel.heap import HeapTrimmer
 from nemo_qwen_hidden.parallel.launch import local_world
-from nemo_qwen_hidden.plan.footprint import store_bytes
+from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
+from nemo_qwen_hidden.plan.rowset import RowSet, union
 from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
-from nemo_qwen_hidden.provenance import Begun, manifest_of
+from nemo_qwen_hidden.provenance import model_of, norm_file_of, producer_of
 from nemo_qwen_hidden.store import session
+from nemo_qwen_hidden.store.entries import Part
+from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.shard import shard_bytes
 from nemo_qwen_hidden.store.token_writer import TokenTableWriter
-from nemo_qwen_hidden.store.tokens import TokenTable
+from nemo_qwen_hidden.store.tokens import TOKEN_BYTES, PartTokens, TokenTable
 
 if TYPE_CHECKING:
     import torch
@@ -42,92 +48,186 @@ if TYPE_CHECKING:
 LENGTHS_AT_ONCE = 65536
 MOST_GATHERED_MICROBATCHES = 16
 GATHERED_BYTES = 256 * 2**20
-Written = dict[tuple[HookPoint, int], int]
+Done = Callable[[Microbatch], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What there is to do. manifest: what the store is to be. work: what the job does to it, in words; None where
+    nothing is left to do. done: rows of each hook point that are there already. started: unix time in seconds."""
+
+    manifest: Manifest
+    work: str | None
+    done: Mapping[HookPoint, RowSet]
+    started: float
+
+    @property
+    def missing(self) -> RowSet:
+        """The rows that have to be run: those that some hook point lacks."""
+        return union(rows.complement(0, self.manifest.rows) for rows in self.done.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """written: rows of each hook point and shard that this rank wrote. seconds: of computing and writing, without
-    start-up. peak_bytes: the most memory that the process held, files that it mapped included."""
+    """rows: that this rank ran. seconds: of computing and writing, without start-up. peak_bytes: the most memory that
+    the process held, files that it mapped included."""
 
-    written: Written
+    rows: int
     seconds: float
     peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A finished job. seconds: from the first word of ``begin`` on; run_seconds: computing and writing alone."""
+    """A finished job. work: what it did, in words; None where there was nothing to do. rows: that it ran. seconds: from
+    the first word of ``begin`` on; run_seconds: computing and writing alone."""
 
     manifest: Manifest
     path: Path
     topology: str
+    work: str | None
+    rows: int
     seconds: float
     run_seconds: float
     peak_bytes: int
 
 
-def begin(job: Job, report: Report = silent) -> Begun:
-    """Writes the token table and makes the folder. One process, before any rank runs.
-
-    The data are read to their end before the folder is made, or an earlier store there is deleted.
+def locked(job: Job) -> AbstractContextManager[None]:
+    """While entered, no other job works on the store; what nobody has used goes when it is left.
 
     Raises:
-        DataError: documents that cannot be used. StoreError: the folder or the disk. Nothing is left behind.
+        StoreError: another job does, or the folder cannot be used.
     """
-    started, path, settings = time.time(), job.store_path, job.settings
+    return session.locked(job.store_path)
+
+
+def begin(job: Job, report: Report = silent) -> Begun:
+    """Finds out what there is to do, and makes the folder ready for it. One process, before any rank runs.
+
+    The data are read to their end before anything in the folder changes.
+
+    Raises:
+        DataError: documents that cannot be used. StoreError: the folder or the disk. UserError: the store there was
+            made by another model, or with other settings or data. Nothing is left behind.
+    """
+    started, path = time.time(), job.store_path
+    report(Phase("reading weights"))
+    model, norm = model_of(job), norm_file_of(job)
+    overwrite = job.settings.store.overwrite
+    found = session.Found(finished=None, unfinished=None) if overwrite else session.find(path)
+    target.check_settings(job, found, model)
+    if job.settings.store.add == "hook_points" and found.finished is not None:
+        wanted = found.unfinished or target.with_hook_points(job, found.finished)
+        return _begin(job, found, wanted, norm, target.HOOK_POINTS, started)
     report(Phase("tokenizing"))
+    adds = job.settings.store.add == "documents"
+    number = len(found.finished.parts) if found.finished is not None and adds else 0
+    with session.staging(path) as staged:
+        part, tokenizer = _tokenized(job, staged, number)
+        known = target.check_data(job, found, part, tokenizer)
+        if found.unfinished is not None:
+            wanted = found.unfinished
+        elif found.finished is not None:
+            wanted = found.finished if known else target.with_documents(found.finished, part)
+        else:
+            wanted = target.new(job, part, model, tokenizer, norm)
+        return _begin(job, found, wanted, norm, target.DOCUMENTS if adds else target.NEW, started, staged=staged)
+
+
+def _tokenized(job: Job, staged: Path, number: int) -> tuple[Part, str | None]:
+    """The documents as part ``number`` of a store, in ``staged``; the tokenizer's fingerprint, None where the data were
+    tokens already."""
     used: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
         used.append(load_tokenizer(job.model_folder))
         return used[0]
 
-    fingerprint, windowed = DataFingerprint(), 0
-    documents = read_documents(job.data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
-    with session.staging(path) as staged:
-        with TokenTableWriter(staged) as table:
-            for document in tokenize(documents, tokenizer, vocab_size=job.architecture.shape.vocab_size):
-                table.append(document_id=document.id, source=document.source, token_ids=document.token_ids)
-                fingerprint.update(document)
-                windowed += len(document.token_ids) > job.batching.max_tokens
-            part = table.close()
-        require_tokens(part.rows, job.data_path)
-        session.check_space(path, disk_bytes(job, part.rows))
-        description = {"hook_points": [str(point) for point in job.points]}
-        session.begin(path, description, overwrite=settings.store.overwrite, staged=staged)
-    return Begun(
-        tokens=part,
-        windowed=windowed,
-        data_fingerprint=fingerprint.hexdigest(),
-        tokenizer_fingerprint=used[0].fingerprint if used else None,
-        started=started,
-    )
+    data, fingerprint, windowed = job.settings.data, DataFingerprint(), 0
+    documents = read_documents(job.data_path, text_field=data.text_field, id_field=data.id_field)
+    with TokenTableWriter(staged, shard_rows=job.settings.store.shard_rows, part=number) as table:
+        for document in tokenize(documents, tokenizer, vocab_size=job.architecture.shape.vocab_size):
+            table.append(document_id=document.id, source=document.source, token_ids=document.token_ids)
+            fingerprint.update(document)
+            windowed += len(document.token_ids) > job.batching.max_tokens
+        part = table.close()
+    require_tokens(part.rows, job.data_path)
+    origin = {
+        "path": data.path or "embedded text",
+        "sha256": fingerprint.hexdigest(),
+        "max_tokens": job.batching.max_tokens,
+        "documents_cut_into_windows": windowed,
+    }
+    return replace(part, data=origin), used[0].fingerprint if used else None
+
+
+def _begin(
+    job: Job,
+    found: session.Found,
+    wanted: Manifest,
+    norm: bytes,
+    work: str,
+    started: float,
+    *,
+    staged: Path | None = None,
+) -> Begun:
+    path = job.store_path
+    if found.unfinished is None and wanted.parts and next(wanted.missing(), None) is None:
+        done = {point: RowSet([(0, wanted.rows)]) for point in wanted.points}
+        return Begun(manifest=wanted, work=None, done=done, started=started)
+    work = target.RESUMED if found.unfinished is not None else work
+    wanted = replace(wanted, producers=(*wanted.producers, producer_of(job, work, started)))
+    files = {} if wanted.final_norm is None else {wanted.final_norm.file: norm}
+    if found.unfinished is not None:
+        session.resume(path, wanted, files, staged=staged)
+    else:
+        session.start(path, wanted, files, fresh=found.finished is None, staged=staged)
+    _, done = session.progress(path, wanted)
+    return Begun(manifest=wanted, work=work, done=done, started=started)
 
 
 def disk_bytes(job: Job, rows: int) -> int:
-    """Bytes of a store of this many rows."""
-    return store_bytes(
-        rows=rows,
-        hidden_size=job.architecture.shape.hidden_size,
-        hook_points=len(job.points),
-        itemsize=BYTES[job.settings.stored_dtype],
-    )
+    """Bytes of shards and token tables of a new store of this many rows."""
+    whole, rest = divmod(rows, job.settings.store.shard_rows)
+    sizes = [(whole, job.settings.store.shard_rows), (1 if rest else 0, rest)]
+    hidden_size, dtype = job.architecture.shape.hidden_size, DTYPES[job.settings.stored_dtype]
+    of_each = sum(count * shard_bytes(size, hidden_size=hidden_size, dtype=dtype) for count, size in sizes)
+    return len(job.points) * of_each + TOKEN_BYTES * rows
 
 
-def run(job: Job, begun: Begun, groups: "ProcessGroups", report: Report = silent) -> RankResult:
-    """One rank's part: builds its stage, runs its microbatches, writes the rows that it holds. Collective over all
-    ranks."""
+def run(
+    job: Job, begun: Begun, groups: "ProcessGroups", report: Report = silent, pulse: Pulse | None = None
+) -> RankResult:
+    """One rank's part: builds its stage, runs its microbatches, writes the rows that it holds, finishes its share of
+    the shards. Collective over all ranks.
+
+    Args:
+        pulse: is told of everything that gets done, for whoever watches this rank.
+    """
     import torch
-
-    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
-    from nemo_qwen_hidden.parallel.agree import wait_for_all
 
     torch.set_num_threads(job.settings.runtime.threads or _fair_threads(job.topology.world))
     place = groups.place
     speaks = place.tp == 0 and place.pp == 0
+    start = time.perf_counter()
+    if len(begun.missing):
+        start = _run_missing(job, begun, groups, report if speaks else silent, pulse or Pulse())
     if speaks:
-        report(Phase("loading weights"))
+        report(Phase("finishing shards"))
+    _seal(job, begun, groups)
+    return RankResult(
+        rows=len(begun.missing),
+        seconds=time.perf_counter() - start,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report, pulse: Pulse) -> float:
+    """Runs what is missing, until it is durable; the time at which computing began, in seconds of ``perf_counter``."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.agree import wait_for_all
+
+    report(Phase("loading weights"))
     model = Qwen2HiddenModel.from_pretrained(
         job.model_folder,
         groups=groups,
@@ -135,73 +235,72 @@ def run(job: Job, begun: Begun, groups: "ProcessGroups", report: Report = silent
         num_layers=job.num_layers,
         final_norm=job.final_norm,
     )
-    if speaks:
-        report(Phase("running"))
+    report(Phase("running"))
     wait_for_all(groups)  # so that the time of running counts nobody's start-up
     start, rows, heap = time.perf_counter(), 0, HeapTrimmer()
 
     def done(microbatch: Microbatch) -> None:
         nonlocal rows
         rows += microbatch.rows
+        pulse.progressed()
         heap.trim()
-        if speaks:
-            report(Progress(place.dp, rows))
+        report(Progress(groups.place.dp, rows))
 
     gathers = job.settings.capture.gather == "rank0"
-    written = (_run_gathering if gathers else _run_writing)(job, begun, model, groups, done)
-    return RankResult(
-        written=written,
-        seconds=time.perf_counter() - start,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
+    (_run_gathering if gathers else _run_writing)(job, begun, model, groups, done, pulse)
+    wait_for_all(groups)
+    return start
 
 
 def finish(job: Job, begun: Begun, results: Sequence[RankResult]) -> Summary:
-    """Checks that every row was written once and makes the folder a store. One process, after every rank has returned.
+    """Makes the folder a store. One process, after every rank has returned.
 
     Raises:
-        CoverageError: rows are missing or were written twice.
+        CoverageError: a shard is not there.
     """
-    written: Written = {}
-    for result in results:
-        for key, rows in result.written.items():
-            written[key] = written.get(key, 0) + rows
-    run_seconds = max(result.seconds for result in results)
-    manifest = session.finish(job.store_path, manifest_of(job, begun, run_seconds), written=written)
+    run_seconds = max((result.seconds for result in results), default=0.0)
+    manifest = begun.manifest
+    if begun.work is not None:
+        producer = {**manifest.producers[-1], "run_secs": round(run_seconds, 3)}
+        manifest = session.finish(job.store_path, replace(manifest, producers=(*manifest.producers[:-1], producer)))
     return Summary(
         manifest=manifest,
         path=job.store_path,
         topology=str(job.topology),
+        work=begun.work,
+        rows=len(begun.missing),
         seconds=time.time() - begun.started,
         run_seconds=run_seconds,
-        peak_bytes=max(result.peak_bytes for result in results),
+        peak_bytes=max((result.peak_bytes for result in results), default=0),
     )
 
 
-def discard(job: Job) -> None:
-    """Takes away what an unsuccessful job has begun."""
-    session.discard(job.store_path)
+def discard(job: Job) -> bool:
+    """Takes away what an unsuccessful job has begun, unless there is something to go on with; says whether it did."""
+    return session.discard(job.store_path)
 
 
-def _shard_writer(job: Job, begun: Begun) -> "ShardWriter":
+def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse) -> "ShardWriter":
     from nemo_qwen_hidden.store.writer import ShardWriter
 
     return ShardWriter(
         job.store_path,
-        hook_points=job.points,
-        rows=begun.tokens.rows,
-        hidden_size=job.architecture.shape.hidden_size,
-        dtype=job.settings.stored_dtype,
-        shard_rows=job.settings.store.shard_rows,
+        begun.manifest,
+        rank=groups.place.rank,
+        done=begun.done,
+        nonfinite=job.settings.precision.nonfinite,
+        commit_secs=job.settings.store.commit_secs,
+        progressed=pulse.progressed,
     )
 
 
 def _run_writing(
-    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Callable[[Microbatch], None]
-) -> Written:
+    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Done, pulse: Pulse
+) -> None:
     """Every rank writes what it holds; nothing is sent for it."""
     import torch
 
+    from nemo_qwen_hidden.capture.gather import on_host
     from nemo_qwen_hidden.capture.taps import LocalSlice
 
     table = _token_table(job, begun)
@@ -209,50 +308,80 @@ def _run_writing(
     def tokens(first_row: int, length: int) -> "torch.Tensor":
         return torch.from_numpy(table.token_id[first_row : first_row + length].astype("int64"))
 
-    with _shard_writer(job, begun) as writer:
+    with _shard_writer(job, begun, groups, pulse) as writer:
 
         def sink(piece: LocalSlice) -> None:
-            writer.write(piece.hook_point, piece.runs, piece.values.cpu())
+            piece = on_host(piece)
+            writer.write(piece.hook_point, piece.runs, piece.values, piece.divisor)
 
-        model.capture(plan(_lengths(table), job.batching), tokens, points=job.points, sink=sink, done=done)
-    return writer.written
+        with pulse.running():
+            model.capture(_microbatches(job, begun, table), tokens, points=_points(job, begun), sink=sink, done=done)
 
 
 def _run_gathering(
-    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Callable[[Microbatch], None]
-) -> Written:
+    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Done, pulse: Pulse
+) -> None:
     """Rank 0 alone touches the store: it hands out the tokens of some microbatches, and gets their states back."""
     import torch
 
     from nemo_qwen_hidden.capture.gather import SliceBuffer, gather_slices, holdings
     from nemo_qwen_hidden.parallel.agree import broadcast_value
 
-    writer = _shard_writer(job, begun) if groups.place.rank == 0 else None
-    rounds = _rounds(job, begun) if writer is not None else iter(())
-    while (work := broadcast_value(next(rounds, None), groups)) is not None:
-        microbatches, token_ids = work
-        buffer = SliceBuffer()
+    points = _points(job, begun)
+    with ExitStack() as stack:
+        writer = stack.enter_context(_shard_writer(job, begun, groups, pulse)) if groups.place.rank == 0 else None
+        stack.enter_context(pulse.running())
+        rounds = _rounds(job, begun) if writer is not None else iter(())
+        while (work := broadcast_value(next(rounds, None), groups)) is not None:
+            microbatches, token_ids = work
+            buffer = SliceBuffer()
 
-        def tokens(first_row: int, length: int, token_ids: Mapping[int, Any] = token_ids) -> "torch.Tensor":
-            return torch.from_numpy(token_ids[first_row].astype("int64"))
+            def tokens(first_row: int, length: int, token_ids: Mapping[int, Any] = token_ids) -> "torch.Tensor":
+                return torch.from_numpy(token_ids[first_row].astype("int64"))
 
-        model.capture(microbatches, tokens, points=job.points, sink=buffer, done=done)
-        expected = holdings(microbatches, job.points, job.stages, job.topology)
-        for piece in gather_slices(
-            buffer, expected, groups, hidden_size=model.config.hidden_size, dtype=model.config.params_dtype
-        ):
-            assert writer is not None
-            writer.write(piece.hook_point, piece.runs, piece.values)
-    if writer is None:
-        return {}
-    writer.close()
-    return writer.written
+            model.capture(microbatches, tokens, points=points, sink=buffer, done=done)
+            expected = holdings(microbatches, points, job.stages, job.topology)
+            for piece in gather_slices(
+                buffer, expected, groups, hidden_size=model.config.hidden_size, dtype=model.config.params_dtype
+            ):
+                assert writer is not None
+                writer.write(piece.hook_point, piece.runs, piece.values, piece.divisor)
+
+
+def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
+    """Divides the shards that are whole among the ranks that see the store, each of which finishes its own."""
+    from nemo_qwen_hidden.parallel.agree import on_rank_0, wait_for_all
+
+    path, manifest, rank = job.store_path, begun.manifest, groups.place.rank
+    record, shards = on_rank_0(lambda: session.to_seal(path, manifest), groups, status_of=status_of)
+    sealing = 1 if job.settings.capture.gather == "rank0" else groups.topology.world
+    mine = shards[rank::sealing] if rank < sealing else []
+    if mine:
+        session.seal_shards(path, manifest, mine, record.errors, rank=rank)
+    wait_for_all(groups)
+
+
+def _points(job: Job, begun: Begun) -> tuple[HookPoint, ...]:
+    """The hook points of this job that lack rows."""
+    lacking = {point for point, rows in begun.done.items() if len(rows) < begun.manifest.rows}
+    return tuple(point for point in job.points if point in lacking)
+
+
+def _microbatches(job: Job, begun: Begun, table: TokenTable) -> Iterator[Microbatch]:
+    """The microbatches of the whole store that hold a row that is missing: cut as they are where none is done."""
+    missing, first_index = begun.missing, 0
+    for number, part in enumerate(begun.manifest.parts):
+        lengths = _lengths(table.part(number))
+        for microbatch in plan(lengths, job.batching, first_row=part.first_row, first_index=first_index):
+            first_index = microbatch.index + 1
+            if any(missing.meets(segment.first_row, segment.length) for segment in microbatch.segments):
+                yield microbatch
 
 
 def _rounds(job: Job, begun: Begun) -> Iterator[tuple[tuple[Microbatch, ...], dict[int, Any]]]:
     """Some microbatches at a time, and the token ids of each of their segments by first row."""
     table = _token_table(job, begun)
-    stream = plan(_lengths(table), job.batching)
+    stream = _microbatches(job, begun, table)
     while microbatches := tuple(islice(stream, _round_size(job))):
         segments = (segment for microbatch in microbatches for segment in microbatch.segments)
         yield microbatches, {s.first_row: table.token_id[s.first_row : s.first_row + s.length] for s in segments}
@@ -269,13 +398,13 @@ def _token_table(job: Job, begun: Begun) -> TokenTable:
     if not job.store_path.is_dir():
         rule = "must be a folder that all ranks share (where they share none: capture.gather=rank0)"
         raise StoreError("store.path", rule, str(job.store_path))
-    return TokenTable(job.store_path, begun.tokens)
+    return TokenTable(job.store_path, begun.manifest.parts)
 
 
-def _lengths(table: TokenTable) -> Iterator[int]:
-    """Tokens of every document, in order, read a part at a time."""
-    for start in range(0, table.documents, LENGTHS_AT_ONCE):
-        yield from table.lengths(start, min(start + LENGTHS_AT_ONCE, table.documents)).tolist()
+def _lengths(tokens: PartTokens) -> Iterator[int]:
+    """Tokens of every document of a part, in order, read some at a time."""
+    for start in range(0, tokens.documents, LENGTHS_AT_ONCE):
+        yield from tokens.lengths(start, min(start + LENGTHS_AT_ONCE, tokens.documents)).tolist()
 
 
 def _fair_threads(world: int) -> int:

@@ -89,7 +89,12 @@ def expand(
     found = {point for spec in asked for point in _expand_one(str(spec), num_layers, setting)}
     if not found:
         raise ConfigError(setting, "must name at least one hook point", asked)
-    return tuple(sorted(found, key=lambda point: (point.depth(num_layers), point.site == FINAL_NORM)))
+    return by_depth(found, num_layers)
+
+
+def by_depth(points: Iterable[HookPoint], num_layers: int) -> tuple[HookPoint, ...]:
+    """``points`` in the order in which the model comes to them."""
+    return tuple(sorted(points, key=lambda point: (point.depth(num_layers), point.site == FINAL_NORM)))
 
 
 def deepest(points: Sequence[HookPoint], num_layers: int) -> int:

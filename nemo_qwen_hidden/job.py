@@ -106,7 +106,9 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     architecture.require_length(max_tokens, "data.max_tokens")
     TensorFiles.of(folder).check(shape)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
-    check_path(data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
+    reads_data = settings.store.add != "hook_points"
+    if reads_data:
+        check_path(data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
     batching = Batching(
         max_tokens=max_tokens,
         batch_tokens=settings.data.batch_tokens,
@@ -124,8 +126,9 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         batching=batching,
     )
     if for_store:
-        check_target(job.store_path, overwrite=settings.store.overwrite)
-        _check_apart(job)
+        check_target(job.store_path)
+        if reads_data:
+            _check_apart(job)
     return job
 
 

@@ -1,61 +1,57 @@
-"""What a store says of how it was made: the manifest of a job."""
+"""What a store says of how it was made: the model, and a record of each job that worked on it."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 from nemo_qwen_hidden import __version__
+from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight, weights_sha256
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.job import Job
-from nemo_qwen_hidden.store.entries import HookPointEntry, TokenPart
-from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.norm_file import norm_file
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Begun:
-    """What ``begin`` has put into the folder. windowed: documents longer than one window of ``data.max_tokens``."""
-
-    tokens: TokenPart
-    windowed: int
-    data_fingerprint: str
-    tokenizer_fingerprint: str | None
-    started: float
-
-
-def manifest_of(job: Job, begun: Begun, run_seconds: float) -> Manifest:
-    """The manifest of a finished job, but for the shards, which ``session.finish`` adds. run_seconds: computing and
-    writing, without start-up."""
-    settings, layers = job.settings, job.architecture.shape.num_layers
-    return Manifest(
-        rows=begun.tokens.rows,
-        documents=begun.tokens.documents,
-        hidden_size=job.architecture.shape.hidden_size,
-        shard_rows=settings.store.shard_rows,
-        compute_dtype=settings.precision.compute,
-        stored_dtype=settings.stored_dtype,
-        hook_points=tuple(HookPointEntry.of(point, num_layers=layers) for point in job.points),
-        tokens=(begun.tokens,),
-        model={"path": settings.model.path or "embedded demo model", "config": dict(job.architecture.config)},
-        tokenizer={"sha256": begun.tokenizer_fingerprint},
-        data={
-            "path": settings.data.path or "embedded text",
-            "sha256": begun.data_fingerprint,
-            "max_tokens": job.batching.max_tokens,
-            "documents_cut_into_windows": begun.windowed,
+def model_of(job: Job) -> dict[str, Any]:
+    """The manifest's ``model``. Reads all weights."""
+    architecture = job.architecture
+    return {
+        "path": job.settings.model.path or "embedded demo model",
+        "weights_sha256": weights_sha256(TensorFiles.of(job.model_folder)),
+        "architecture": {
+            **vars(architecture.shape),
+            "rotary_base": architecture.rotary_base,
+            "norm_epsilon": architecture.norm_epsilon,
+            "sliding_window": architecture.sliding_window,
         },
-        producer={
-            "layout": {"tp": job.topology.tp, "pp": job.topology.pp, "dp": job.topology.dp, "sp": job.topology.sp},
-            "batch_tokens": settings.data.batch_tokens,
-            "packing": settings.data.packing,
-            "gather": settings.capture.gather,
-            "versions": {"nemo_qwen_hidden": __version__, **dict(_versions())},
-            "command": sys.argv,
-            "started_unix_secs": round(begun.started, 3),
-            "run_secs": round(run_seconds, 3),
-        },
-    )
+        "config": dict(architecture.config),
+    }
+
+
+def norm_file_of(job: Job) -> bytes:
+    """The store's file with the weight of the final norm."""
+    return norm_file(final_norm_weight(TensorFiles.of(job.model_folder)), job.architecture.norm_epsilon)
+
+
+def producer_of(job: Job, work: str, started: float) -> dict[str, Any]:
+    """Who works on a store, and how. work: what the job does, in words. started: unix time in seconds."""
+    settings = job.settings
+    return {
+        "work": work,
+        "hook_points": [str(point) for point in job.points],
+        "layout": {"tp": job.topology.tp, "pp": job.topology.pp, "dp": job.topology.dp, "sp": job.topology.sp},
+        "batch_tokens": settings.data.batch_tokens,
+        "packing": settings.data.packing,
+        "gather": settings.capture.gather,
+        "versions": {"nemo_qwen_hidden": __version__, **dict(_versions())},
+        "git_revision": _git_revision(),
+        "command": sys.argv,
+        "started_unix_secs": round(started, 3),
+    }
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -64,3 +60,19 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield package, version(package)
         except PackageNotFoundError:
             yield package, "unknown"
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout that this package runs from, with ``-dirty`` where files differ from it; None where
+    it was installed, or where there is no git."""
+    folder = Path(__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

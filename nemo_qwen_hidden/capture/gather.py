@@ -41,6 +41,11 @@ class LocalStates:
     position: Tensor
 
 
+def on_host(piece: LocalSlice) -> LocalSlice:
+    """The same slice in the CPU's memory."""
+    return replace(piece, values=piece.values.cpu(), divisor=None if piece.divisor is None else piece.divisor.cpu())
+
+
 class SliceBuffer:
     """A sink that keeps slices in the CPU's memory until they are asked for."""
 
@@ -48,7 +53,7 @@ class SliceBuffer:
         self._slices: dict[tuple[HookPoint, int], LocalSlice] = {}
 
     def __call__(self, piece: LocalSlice) -> None:
-        self._slices[piece.hook_point, piece.microbatch] = replace(piece, values=piece.values.cpu())
+        self._slices[piece.hook_point, piece.microbatch] = on_host(piece)
 
     def take(self, point: HookPoint, microbatch: int) -> LocalSlice:
         """Hands a slice over and forgets it."""
@@ -89,12 +94,22 @@ def gather_slices(
         elif rank == 0:
             rows = sum(run.length for run in holding.runs)
             values = torch.empty(rows, hidden_size, dtype=dtype)
-            dist.recv(values, group=groups.control, group_src=holding.rank)
+            divisor = torch.empty(rows) if holding.hook_point.normed else None
+            for tensor in (values, divisor):
+                if tensor is not None:
+                    dist.recv(tensor, group=groups.control, group_src=holding.rank)
             yield LocalSlice(
-                hook_point=holding.hook_point, microbatch=holding.microbatch, runs=holding.runs, values=values
+                hook_point=holding.hook_point,
+                microbatch=holding.microbatch,
+                runs=holding.runs,
+                values=values,
+                divisor=divisor,
             )
         elif rank == holding.rank:
-            dist.send(held.take(holding.hook_point, holding.microbatch).values, group=groups.control, group_dst=0)
+            piece = held.take(holding.hook_point, holding.microbatch)
+            for tensor in (piece.values, piece.divisor):
+                if tensor is not None:
+                    dist.send(tensor, group=groups.control, group_dst=0)
 
 
 class BatchAssembler:

@@ -23,6 +23,7 @@ from nemo_qwen_hidden.capture.taps import Sink, Taps, View, decoder_of_depth, ta
 from nemo_qwen_hidden.hookpoint import FINAL_NORM, HookPoint, deepest
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.parallel.host import megatron_on_host
+from nemo_qwen_hidden.parallel.watch import wait_for_peer
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.slices import stripe
 from nemo_qwen_hidden.plan.stages import last_active_stage, points_of_stage
@@ -106,10 +107,10 @@ class Pipeline:
                 if self._stage < self._last:
                     sends.append(self._send(hidden))
                     while len(sends) > SENDS_IN_FLIGHT:
-                        sends.popleft()[0].wait()
+                        wait_for_peer(sends.popleft()[0])
                 done(microbatch)
             for work, _ in sends:
-                work.wait()
+                wait_for_peer(work)
             self._model.set_input_tensor(None)
 
     def _forward(self, microbatch: Microbatch, received: Tensor | None, tokens: TokenRows, taps: Taps) -> Tensor:
@@ -155,7 +156,7 @@ class Pipeline:
 
     @staticmethod
     def _arrived(microbatch: Microbatch, work: dist.Work, hidden: Tensor) -> tuple[Microbatch, Tensor]:
-        work.wait()
+        wait_for_peer(work)
         return microbatch, hidden
 
     def _send(self, hidden_CBH: Tensor) -> tuple[dist.Work, Tensor]:

@@ -6,6 +6,7 @@ C: tokens of the slice that a rank has of the sequence axis, B: sequences, H: hi
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
@@ -21,13 +22,15 @@ from nemo_qwen_hidden.plan.slices import Run, runs_within
 class LocalSlice:
     """What one rank holds of one hook point in one microbatch.
 
-    values: [n, H] in the compute dtype, a copy of its own; its rows are those of ``runs``, in order.
+    values: [n, H] in the compute dtype, a copy of its own; its rows are those of ``runs``, in order. divisor: fp32 [n],
+    behind the final norm alone: what the norm divided each row by, so that the state before it can be had again.
     """
 
     hook_point: HookPoint
     microbatch: int
     runs: tuple[Run, ...]
     values: Tensor
+    divisor: Tensor | None = None
 
 
 Sink = Callable[[LocalSlice], None]
@@ -49,18 +52,27 @@ class View:
 class Taps:
     """Hooks on the modules of one stage; ``view`` is set before each microbatch and cleared after it."""
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    def __init__(self, sink: Sink, *, norm_epsilon: float) -> None:
+        self._sink, self._norm_epsilon = sink, norm_epsilon
         self.view: View | None = None
 
-    def record(self, point: HookPoint, hidden_CBH: Tensor) -> None:
-        """Copies the owned rows before anything later can change them in place, and hands them to the sink."""
+    def record(self, point: HookPoint, hidden_CBH: Tensor, before_CBH: Tensor) -> None:
+        """Copies the owned rows before anything later can change them in place, and hands them to the sink.
+
+        before_CBH: the input of the module whose output ``hidden_CBH`` is.
+        """
         if self.view is None:
             return
         runs = tuple(runs_within(self.view.microbatch, self.view.owned))
-        if runs:
-            values = copy_rows(hidden_CBH.detach(), runs, first_token=self.view.first_token)
-            self._sink(LocalSlice(hook_point=point, microbatch=self.view.microbatch.index, runs=runs, values=values))
+        if not runs:
+            return
+        first_token, divisor = self.view.first_token, None
+        values = copy_rows(hidden_CBH.detach(), runs, first_token=first_token)
+        if point.normed:
+            before = copy_rows(before_CBH.detach(), runs, first_token=first_token).float()
+            divisor = (before.square().mean(dim=1) + self._norm_epsilon).sqrt()
+        index = self.view.microbatch.index
+        self._sink(LocalSlice(hook_point=point, microbatch=index, runs=runs, values=values, divisor=divisor))
 
 
 def copy_rows(hidden_CBH: Tensor, runs: Sequence[Run], *, first_token: int) -> Tensor:
@@ -83,15 +95,15 @@ def tapped(model: MCoreGPTModel, points: Sequence[HookPoint], sink: Sink) -> Ite
     """
     if getattr(model.config, "enable_cuda_graph", False) or getattr(model.config, "cuda_graph_impl", "none") != "none":
         raise HiddenStatesError("hidden states cannot be captured from CUDA graphs, which bypass hooks: turn them off")
-    taps, handles = Taps(sink), []
+    taps, handles = Taps(sink, norm_epsilon=model.config.layernorm_epsilon), []
     try:
         for point in points:
             module = module_of(model, point)
 
-            def hook(_module: nn.Module, _inputs: object, output: object, point: HookPoint = point) -> None:
+            def hook(_module: nn.Module, inputs: tuple[Any, ...], output: object, point: HookPoint = point) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output  # a layer returns (hidden, context)
                 assert isinstance(hidden, torch.Tensor)
-                taps.record(point, hidden)
+                taps.record(point, hidden, inputs[0] if point.normed else hidden)
 
             handles.append(module.register_forward_hook(hook))
         yield taps

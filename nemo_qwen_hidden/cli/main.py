@@ -1,14 +1,15 @@
 """``nemo-qwen-hidden``: arguments in, exit status out. The only place where an exception becomes a status."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.cli import PROGRAM
+from nemo_qwen_hidden.cli.store_commands import add_commands
 from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, UserError
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ examples:
       as ranks that torchrun starts, on one machine or several
   nemo-qwen-hidden plan parallel=tp2_pp2
   nemo-qwen-hidden inspect out/demo
+  nemo-qwen-hidden verify --full out/demo
 
-COMMAND --help says more. Exit status: 0 done, 1 a fault, 2 something asked for
-cannot be done, 130 interrupted.
+COMMAND --help says more. Exit status: 0 done, 1 a fault, or damage that
+verify found, 2 something asked for cannot be done, 130 interrupted.
 """
 
 _SETTINGS = """\
@@ -79,13 +81,6 @@ example:
 """
 )
 
-_INSPECT = """\
-example:
-  nemo-qwen-hidden inspect out/demo
-
-In Python: nemo_qwen_hidden.open_store("out/demo")["resid_post@3"][rows]
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 a fault, 2 the user's mistake, 130 interrupted."""
@@ -93,19 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except UserError as error:
-        return _say(str(error), 2)
+        return _say(error, 2)
     except KeyboardInterrupt as interrupt:
         return _interrupted(interrupt)
     except PeerError as error:
         return error.status
     except HiddenStatesError as error:
-        return _say(str(error), 1)
+        return _say(error, 1)
 
 
-def _say(message: str, status: int) -> int:
-    """One line for each problem."""
-    for line in message.splitlines():
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+def _say(error: BaseException | str, status: int) -> int:
+    """One line for each problem, then what is to be said after it."""
+    for text in (str(error), *getattr(error, "__notes__", ())):
+        for line in text.splitlines():
+            print(f"{PROGRAM}: {line}", file=sys.stderr)
     return status
 
 
@@ -139,16 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     extract = _command(commands, "extract", "run documents through a model and store hidden states", _EXTRACT)
     plan = _command(commands, "plan", "say what extract would do, without loading weights", _PLAN)
-    inspect = _command(commands, "inspect", "say what is in a store", _INSPECT)
     for command, run in ((extract, _extract), (plan, _plan)):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, or presets as GROUP=NAME")
         command.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a recipe's")
         command.add_argument("--settings", action=_ShowSettings, help="list every setting and preset, and exit")
         command.set_defaults(run=run)
     extract.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    inspect.add_argument("store", metavar="STORE", help="the folder of a store")
-    inspect.add_argument("--json", action="store_true", help="everything, for programs: JSON on stdout")
-    inspect.set_defaults(run=_inspect)
+    add_commands(partial(_command, commands))
     return parser
 
 
@@ -215,19 +208,4 @@ def _plan(parsed: argparse.Namespace) -> int:
 
     with Terminal() as terminal:
         show.plan(job, terminal)
-    return 0
-
-
-def _inspect(parsed: argparse.Namespace) -> int:
-    from nemo_qwen_hidden.cli import show
-    from nemo_qwen_hidden.cli.terminal import Terminal
-    from nemo_qwen_hidden.store.describe import as_dict
-    from nemo_qwen_hidden.store.reader import open_store
-
-    store = open_store(parsed.store)
-    if parsed.json:
-        print(json.dumps(as_dict(store), indent=2))
-        return 0
-    with Terminal() as terminal:
-        show.store(store, terminal)
     return 0

@@ -4,30 +4,21 @@ import os
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import extract
 from nemo_qwen_hidden.cli.terminal import Bar, Terminal
-from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, RankError, UserError
-from nemo_qwen_hidden.extract import RankResult, Summary
+from nemo_qwen_hidden.errors import USER_ERROR, HiddenStatesError, PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.extract import Begun, RankResult, Summary
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
+from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase
-from nemo_qwen_hidden.provenance import Begun
 
 if TYPE_CHECKING:
     from nemo_qwen_hidden.parallel.groups import ProcessGroups
-
-FAILED, USER_ERROR = 1, 2
-
-
-def status_of(error: BaseException) -> int:
-    """Exit status: 2 for what the user can mend, 1 for the rest."""
-    if isinstance(error, PeerError):
-        return error.status
-    return USER_ERROR if isinstance(error, UserError) else FAILED
 
 
 class Log:
@@ -76,19 +67,27 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
     except UserError:
         raise
     except Exception as error:
-        raise RankError(_fault(error, log)) from error
+        fault = RankError(_fault(error, log))
+        for note in notes_of(error):
+            fault.add_note(note)
+        raise fault from error
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What is to be said after the error itself."""
+    return getattr(error, "__notes__", [])
 
 
 def _fault(error: Exception, log: Log) -> str:
-    """One line for the terminal; all of it goes into the log."""
-    with open(log.path, "a", encoding="utf-8") as file:
+    """One line for the terminal; all of it goes into the log, unless its disk is the full one that is the reason."""
+    with suppress(OSError), open(log.path, "a", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
     reason = str(error) if isinstance(error, HiddenStatesError) else f"{type(error).__name__}: {error}"
     return f"{reason.splitlines()[0]} (more in {log.path})"
 
 
 @contextmanager
-def _saying_at_once(terminal: Terminal, log: Log) -> Iterator[None]:
+def _saying_at_once(terminal: Terminal, log: Log, note: str = "") -> Iterator[None]:
     """Says what is raised inside, and raises PeerError for it. A rank of torchrun's cannot leave that to ``main``: when
     its peers notice and end, torchrun ends it too, perhaps before it gets there."""
     try:
@@ -97,98 +96,110 @@ def _saying_at_once(terminal: Terminal, log: Log) -> Iterator[None]:
         raise
     except Exception as error:
         terminal.error(str(error) if isinstance(error, UserError) else _fault(error, log))
+        terminal.error(note)
         raise PeerError(status_of(error)) from error
 
 
-def _begin(job: Job, bar: Bar, log: Log) -> Begun:
+def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack) -> Begun:
     try:
+        lock.enter_context(extract.locked(job))
         return extract.begin(job, bar)
     except (UserError, KeyboardInterrupt):
+        lock.close()
         log.undo()
         raise
 
 
 def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
-    with launch.one_interrupt(), terminal.progress() as bar, launch.output_to(log.path):
+    with launch.one_interrupt(), terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
         launch.warm_up(log.path)  # NeMo is imported while the data is tokenized
-        begun = _begin(job, bar, log)
+        begun = _begin(job, bar, log, lock)
+        if begun.work is None:
+            return extract.finish(job, begun, [])
         try:
-            bar.expect(rows=begun.tokens.rows, replicas=job.topology.dp)
+            bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
             bar(Phase("starting ranks"))
             results = launch.run_ranks(
                 _started, (job, begun), world=job.topology.world, log=log.path, on_event=lambda rank, event: bar(event)
             )
             return extract.finish(job, begun, results)
-        except UserError:  # all ranks have ended: nothing writes any more
-            extract.discard(job)
-            log.undo()
+        except UserError as error:  # all ranks have ended: nothing writes any more
+            if extract.discard(job):
+                lock.close()
+                log.undo()
+            else:
+                error.add_note(_unfinished(job))
             raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_unfinished(job)) from None
+        except Exception as error:
+            error.add_note(_unfinished(job))
+            raise
 
 
 def _unfinished(job: Job) -> str:
-    return f"{job.store_path} is unfinished, and store.overwrite=true starts it again"
+    without = " without store.overwrite=true" if job.settings.store.overwrite else ""
+    return f"{job.store_path} is unfinished; the same command{without} goes on from there"
 
 
 def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return extract.run(job, begun, groups, rank.send)
+        return extract.run(job, begun, groups, rank.send, rank.pulse)
 
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
     def begin() -> Begun:
         with _saying_at_once(terminal, log):
-            return _begin(job, bar, log)
+            return _begin(job, bar, log, lock)
 
     def finish() -> Summary:
         with _saying_at_once(terminal, log):
             return extract.finish(job, begun, results)
 
-    with terminal.progress() as bar, launch.output_to(log.path):
+    with terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
         from nemo_qwen_hidden.parallel.agree import gather_values, on_rank_0
         from nemo_qwen_hidden.parallel.groups import process_groups
+        from nemo_qwen_hidden.parallel.peers import watched
 
-        with process_groups(job.topology) as groups:
+        def say(fault: str) -> None:
+            terminal.error(f"{fault} (more in {log.path})")
+            terminal.error(_unfinished(job))
+
+        pulse = Pulse()
+        with process_groups(job.topology) as groups, watched(pulse, say):
             try:
                 begun = on_rank_0(begin, groups, status_of=status_of)
             except PeerError as error:
                 if error.status == USER_ERROR:
                     log.undo()
                 raise
-            bar.expect(rows=begun.tokens.rows, replicas=job.topology.dp)
-            with _saying_at_once(terminal, log):
-                result = _run_among_others(job, begun, groups, bar)
+            if begun.work is None:
+                return extract.finish(job, begun, []) if groups.place.rank == 0 else None
+            bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
+            with _saying_at_once(terminal, log, note=_unfinished(job)):
+                result = _run_among_others(job, begun, groups, bar, pulse)
             results = gather_values(result, groups)
             summary = on_rank_0(finish, groups, status_of=status_of)
             return summary if groups.place.rank == 0 else None
 
 
-def _run_among_others(job: Job, begun: Begun, groups: "ProcessGroups", bar: Bar) -> RankResult:
+def _run_among_others(job: Job, begun: Begun, groups: "ProcessGroups", bar: Bar, pulse: Pulse) -> RankResult:
     """``extract.run``; of an error that several ranks run into, one is left to be said. Collective over all ranks."""
-    from nemo_qwen_hidden.parallel.agree import is_lost_peer
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from nemo_qwen_hidden.parallel.peers import first_to_fail
 
     try:
-        return extract.run(job, begun, groups, bar)
+        return extract.run(job, begun, groups, bar, pulse)
     except UserError as error:
-        if not _first_to_fail():
+        if not first_to_fail(_get_default_store()):
             raise PeerError(USER_ERROR) from error
         raise
     except RuntimeError as error:
-        if is_lost_peer(error):
+        if launch.is_lost_peer(error):
             raise PeerError from error
         raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_unfinished(job)) from None
-
-
-def _first_to_fail() -> bool:
-    """Whether no other rank has asked this before. Not by a collective: others may be gone, or wait in another."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    try:
-        return int(_get_default_store().add("nemo_qwen_hidden/failed", 1)) == 1
-    except RuntimeError:  # the store was in a rank that has ended
-        return True

@@ -4,7 +4,7 @@ Keeps file descriptors of its own, since libraries get a log file for the proces
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -81,6 +81,19 @@ class Terminal:
             table.add_row(*map(Text, row))
         self._out.print(table)
 
+    def line(self, text: str) -> None:
+        """A line of the result, however narrow the terminal: to be copied whole."""
+        self._out.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bytes_progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar over bytes, which takes those that are done and all there are; gone afterwards."""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), _Done(), _BytesSpeed(), _Time())
+        silent = self._quiet or not self._err.is_terminal
+        with Progress(*columns, console=self._err, disable=silent, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
     @contextmanager
     def progress(self) -> Iterator["Bar"]:
         """A bar over a number of rows that is not known yet; gone afterwards."""
@@ -140,6 +153,13 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{human(_speed(task))} tokens/s" if task.completed else "")
+
+
+class _BytesSpeed(ProgressColumn):
+    """Bytes of each second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{human(_speed(task))}B/s" if task.completed else "")
 
 
 class _Time(ProgressColumn):

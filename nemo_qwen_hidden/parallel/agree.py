@@ -11,12 +11,6 @@ from nemo_qwen_hidden.parallel.groups import ProcessGroups
 T = TypeVar("T")
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` is what a collective raises when another rank has gone (gloo raises a plain RuntimeError)."""
-    backend = (dist.DistBackendError, dist.DistNetworkError)
-    return isinstance(error, backend) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
-
-
 def broadcast_value(value: Any, groups: ProcessGroups) -> Any:
     """Rank 0's value on every rank. Collective over all ranks."""
     box = [value]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError, RankError, UserError
+from nemo_qwen_hidden.parallel.watch import LIMITS, Beat, Limits, Pulse, Signs, beating, judge
 
 PRELOAD = ("nemo_qwen_hidden.model.hidden_model",)
 DEVICES = Path("/dev")
@@ -32,13 +33,15 @@ GRACE_SECS = 3.0
 class Rank:
     """What a started rank knows of itself. ``send`` hands an event (anything that pickles) to the starter.
 
-    rendezvous: a file that does not exist yet, where the ranks of one run meet.
+    rendezvous: a file that does not exist yet, where the ranks of one run meet. pulse: where the rank marks that it
+    runs and how far it is; the starter ends all ranks when one stands still.
     """
 
     rank: int
     world: int
     rendezvous: Path
     send: Callable[[Any], None]
+    pulse: Pulse
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class _Result:
 
 @dataclass(frozen=True)
 class _Failure:
+    """error: what a user did wrong. lost_peer: the rank failed because another had gone."""
+
     error: UserError | None
     text: str
+    lost_peer: bool
 
 
 Target = Callable[..., Any]
@@ -136,14 +142,16 @@ def run_ranks(
     world: int,
     log: Path,
     on_event: Callable[[int, Any], None] = lambda rank, event: None,
+    limits: Limits = LIMITS,
 ) -> list[Any]:
     """Calls ``target(rank, *args)`` in ``world`` new processes and returns what each returned, by rank.
 
-    The first rank to fail ends all of them. Ranks get no terminal: what they print is appended to ``log``.
+    The first rank to fail ends all of them, and so does one that is frozen or stands still for longer than ``limits``
+    allow. Ranks get no terminal: what they print is appended to ``log``. They end when this process is gone.
 
     Raises:
         UserError: what a rank raised, as it was.
-        RankError: a rank failed otherwise, or vanished; its traceback is in ``log``.
+        RankError: a rank failed otherwise (its traceback is in ``log``), vanished, or hangs.
         KeyboardInterrupt: after the ranks were ended.
     """
     warm_up(log)
@@ -154,12 +162,12 @@ def run_ranks(
         try:
             for rank in range(world):
                 here, there = context.Pipe(duplex=False)
-                start = (rank, world, Path(folder) / "rendezvous", there, log, target, tuple(args))
+                start = (rank, world, Path(folder) / "rendezvous", there, log, limits, target, tuple(args))
                 process = context.Process(target=_main, args=start, daemon=True)
                 process.start()
                 there.close()
                 ranks.append((process, here))
-            results = _Collector(ranks, on_event).results()
+            results = _Collector(ranks, on_event, limits).results()
             finished = True
             return results
         finally:
@@ -169,30 +177,75 @@ def run_ranks(
 
 
 def _main(
-    rank: int, world: int, rendezvous: Path, pipe: Connection, log: Path, target: Target, args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    rendezvous: Path,
+    pipe: Connection,
+    log: Path,
+    limits: Limits,
+    target: Target,
+    args: tuple[Any, ...],
 ) -> None:
     """In the rank. Ctrl-C reaches the whole foreground group; the starter decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _dup_log(log)
+    voice, pulse = _Voice(pipe), Pulse()
     try:
-        result = target(Rank(rank=rank, world=world, rendezvous=rendezvous, send=pipe.send), *args)
-        pipe.send(_Result(result))
+        with beating(pulse, voice.beat, limits):
+            known = Rank(rank=rank, world=world, rendezvous=rendezvous, send=voice.send, pulse=pulse)
+            result = target(known, *args)
+        voice.send(_Result(result))
     except BaseException as error:
-        traceback.print_exc()
+        _log_error()
         last_line = traceback.format_exception_only(error)[-1].strip()
         with suppress(OSError):  # the starter may be gone
-            pipe.send(_Failure(error if isinstance(error, UserError) else None, last_line))
-        sys.stderr.flush()
+            voice.send(_Failure(error if isinstance(error, UserError) else None, last_line, is_lost_peer(error)))
         os._exit(1)
     finally:
         pipe.close()
 
 
+def _log_error() -> None:
+    """What is being handled, to the log; its disk may be the full one that is the reason."""
+    with suppress(OSError):
+        traceback.print_exc()
+        sys.stderr.flush()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` is what a collective raises when another rank has gone (gloo raises a plain RuntimeError). By
+    name: the starter has no torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"DistBackendError", "DistNetworkError"}) or "gloo/transport" in str(error)
+
+
+class _Voice:
+    """A rank's end of its pipe, for its main thread and the one that beats."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+
+    def send(self, event: Any) -> None:
+        with self._lock:
+            self._pipe.send(event)
+
+    def beat(self, beat: Beat) -> None:
+        """Ends the process when the starter is gone: nobody else would, and its main thread may be stuck."""
+        try:
+            self.send(beat)
+        except OSError:
+            _log_error()
+            os._exit(1)
+
+
 class _Collector:
-    """Listens to all ranks until each has returned or one has failed."""
+    """Listens to all ranks until each has returned, or one has failed or hangs."""
 
     def __init__(
-        self, ranks: Sequence[tuple[ForkServerProcess, Connection]], on_event: Callable[[int, Any], None]
+        self,
+        ranks: Sequence[tuple[ForkServerProcess, Connection]],
+        on_event: Callable[[int, Any], None],
+        limits: Limits,
     ) -> None:
         self._processes = [process for process, _ in ranks]
         self._pipes = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
@@ -200,26 +253,31 @@ class _Collector:
         self._results: dict[int, Any] = {}
         self._failures: list[HiddenStatesError] = []
         self._vanished: list[HiddenStatesError] = []
+        self._lost_peers: list[HiddenStatesError] = []
+        self._signs, self._limits = Signs(range(len(ranks)), limits), limits
 
     def results(self) -> list[Any]:
         while len(self._results) < len(self._processes):
-            self._listen(timeout=None)
-            if self._failures or self._vanished:
+            self._listen(timeout=self._limits.beat_secs)
+            if self._failures or self._vanished or self._lost_peers:
                 raise self._root_cause()
+            fault = judge(self._signs.sightings(), self._limits)
+            if fault:
+                raise RankError(fault)
         return [self._results[rank] for rank in range(len(self._processes))]
 
     def _root_cause(self) -> HiddenStatesError:
         """When one rank goes, its peers soon report a lost connection, perhaps first. What a user did wrong explains
-        more than a rank that vanished, and that more than a traceback."""
+        more than a rank that vanished, that more than a traceback, and a lost connection nothing."""
         deadline = time.monotonic() + GRACE_SECS
         while not self._user_errors() and self._pipes and (left := deadline - time.monotonic()) > 0:
             self._listen(timeout=left)
-        return [*self._user_errors(), *self._vanished, *self._failures][0]
+        return [*self._user_errors(), *self._vanished, *self._failures, *self._lost_peers][0]
 
     def _user_errors(self) -> list[HiddenStatesError]:
         return [failure for failure in self._failures if isinstance(failure, UserError)]
 
-    def _listen(self, timeout: float | None) -> None:
+    def _listen(self, timeout: float) -> None:
         for pipe in wait(list(self._pipes), timeout):
             assert isinstance(pipe, Connection)
             rank = self._pipes[pipe]
@@ -229,10 +287,15 @@ class _Collector:
                 del self._pipes[pipe]
                 self._ended(rank)
                 continue
+            self._signs.heard(rank, event if isinstance(event, Beat) else None)
+            if isinstance(event, Beat):
+                continue
             if isinstance(event, _Result):
                 self._results[rank] = event.value
+                self._signs.finished(rank)
             elif isinstance(event, _Failure):
-                self._failures.append(event.error or RankError(f"rank {rank} failed: {event.text}"))
+                failures = self._lost_peers if event.lost_peer else self._failures
+                failures.append(event.error or RankError(f"rank {rank} failed: {event.text}"))
                 del self._pipes[pipe]
             else:
                 self._on_event(rank, event)
@@ -320,8 +383,9 @@ def output_to(log: Path) -> Iterator[None]:
         _dup_log(log)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a full disk
+                stream.flush()
         for original, descriptor in zip(saved, (1, 2), strict=True):
             os.dup2(original, descriptor)
             os.close(original)

@@ -47,8 +47,3 @@ def activation_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int
     """Upper estimate of what one layer has alive at its widest, for ``tokens`` (S x B) tokens on a rank: the
     residual, its norm, gate-and-up, the gated activation and its input."""
     return tokens * (3 * shape.hidden_size + 4 * (shape.ffn_hidden_size // tp)) * itemsize
-
-
-def store_bytes(*, rows: int, hidden_size: int, hook_points: int, itemsize: int) -> int:
-    """Bytes of the hidden states in a store, token table (12 bytes a row) included."""
-    return rows * (hidden_size * hook_points * itemsize + 12)

@@ -78,14 +78,18 @@ def segments(lengths: Iterable[int], max_tokens: int, first_row: int = 0) -> Ite
         first_row += length
 
 
-def plan(lengths: Iterable[int], batching: Batching) -> Iterator[Microbatch]:
-    """Microbatches over documents of these lengths, lazily and in constant memory.
+def plan(
+    lengths: Iterable[int], batching: Batching, *, first_row: int = 0, first_index: int = 0
+) -> Iterator[Microbatch]:
+    """Microbatches over documents of these lengths, lazily and in constant memory; rows and indices are counted from
+    ``first_row`` and ``first_index``.
 
     Segments are taken in groups of about ``GROUPED_MICROBATCHES`` microbatches, sorted by length within a group
     (longest first, then by row), and filled in that order.
     """
-    index = 0
-    for group in _groups(segments(lengths, batching.max_tokens), batching.batch_tokens * GROUPED_MICROBATCHES):
+    index = first_index
+    stream = segments(lengths, batching.max_tokens, first_row)
+    for group in _groups(stream, batching.batch_tokens * GROUPED_MICROBATCHES):
         group.sort(key=lambda segment: (-segment.length, segment.first_row))
         for members in _fill(group, batching):
             total = sum(member.length for member in members) if batching.packing else members[0].length

@@ -1,14 +1,20 @@
-"""What is in a store, as values. Nothing is printed here."""
+"""What is in a store, as values. Nothing is printed here, and nothing but the manifest is read."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookPointLine:
-    """One line of the table of hook points; bytes: of all its shards. The fields are ``--json``'s names."""
+    """One line of the table of hook points. The fields are ``--json``'s names.
+
+    bytes: of all its shards. nan, inf: numbers of values. max_abs, min_norm, max_norm: of the values, and of the L2
+    norms of rows, over the rows that the statistics count. error_rms, error_max: of the relative error by row that the
+    stored dtype cost, None where it holds every value as it was.
+    """
 
     name: str
     layer: int | None
@@ -17,22 +23,18 @@ class HookPointLine:
     meaning: str
     shards: int
     bytes: int
+    nan: int
+    inf: int
+    max_abs: float
+    min_norm: float
+    max_norm: float
+    error_rms: float | None
+    error_max: float | None
 
 
 def hook_point_lines(store: Store) -> tuple[HookPointLine, ...]:
     """The table of hook points, in order of depth."""
-    return tuple(
-        HookPointLine(
-            name=str(entry.point),
-            layer=entry.point.layer,
-            huggingface_index=entry.huggingface_index,
-            norm=entry.norm,
-            meaning=entry.meaning,
-            shards=len(entry.shards),
-            bytes=sum(shard.bytes for shard in entry.shards),
-        )
-        for entry in store.manifest.hook_points
-    )
+    return tuple(_line(store, entry) for entry in store.manifest.hook_points)
 
 
 def as_dict(store: Store) -> dict[str, Any]:
@@ -43,19 +45,42 @@ def as_dict(store: Store) -> dict[str, Any]:
         "rows": store.rows,
         "documents": store.documents,
         "hidden_size": store.hidden_size,
-        "shard_rows": manifest.shard_rows,
         "shards": manifest.grid.shards,
         "bytes": total_bytes(store),
         "dtypes": {"compute": manifest.compute_dtype, "stored": manifest.stored_dtype},
+        "final_norm": manifest.final_norm is not None,
         "hook_points": [asdict(line) for line in hook_point_lines(store)],
+        "parts": [
+            {"rows": part.rows, "documents": part.documents, "shard_rows": part.shard_rows, "data": dict(part.data)}
+            for part in manifest.parts
+        ],
         "model": dict(manifest.model),
         "tokenizer": dict(manifest.tokenizer),
-        "data": dict(manifest.data),
-        "producer": dict(manifest.producer),
+        "producers": [dict(producer) for producer in manifest.producers],
     }
 
 
 def total_bytes(store: Store) -> int:
-    """Bytes of shards and token table, as the manifest lists them."""
-    shards = sum(line.bytes for line in hook_point_lines(store))
-    return shards + sum(part.bytes for part in store.manifest.tokens)
+    """Of all files that the manifest lists."""
+    return sum(file.bytes for file in store.manifest.files())
+
+
+def _line(store: Store, entry: HookPointEntry) -> HookPointLine:
+    counted = [shard.statistics for shard in entry.present if shard.statistics.rows]
+    error = store[entry.point].error()
+    return HookPointLine(
+        name=str(entry.point),
+        layer=entry.point.layer,
+        huggingface_index=entry.huggingface_index,
+        norm=entry.norm,
+        meaning=entry.meaning,
+        shards=len(entry.shards),
+        bytes=sum(shard.bytes for shard in entry.present),
+        nan=sum(shard.statistics.nan for shard in entry.present),
+        inf=sum(shard.statistics.inf for shard in entry.present),
+        max_abs=max((known.max_abs for known in counted), default=0.0),
+        min_norm=min((known.min_norm for known in counted), default=0.0),
+        max_norm=max((known.max_norm for known in counted), default=0.0),
+        error_rms=None if error is None else error.rms,
+        error_max=None if error is None else error.max,
+    )

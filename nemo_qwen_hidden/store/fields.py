@@ -1,6 +1,7 @@
 """Outside JSON, checked once: strict parsing, and fields taken by name with their type."""
 
 import json
+import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,9 @@ def load_json(text: bytes, file: str) -> dict[str, Any]:
         StoreError: not UTF-8, not JSON, not an object, nested too deep, a key given twice, or NaN; names ``file``.
     """
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise StoreError(file, f"must hold JSON in UTF-8 ({error})", _start(text)) from error
     if not isinstance(value, dict):
@@ -27,13 +30,23 @@ def _start(text: bytes) -> bytes:
     return text if len(text) <= 40 else text[:40] + b"..."
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
-    """``value`` as UTF-8 JSON for people, in the order given.
+def to_json(value: Mapping[str, Any], depth: int = 4) -> bytes:
+    """``value`` as UTF-8 JSON in the order given; objects and lists are broken into lines down to ``depth``.
 
     Raises:
         TypeError, ValueError: it holds what JSON cannot, NaN among it.
     """
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    return (_lines(value, depth, "\n") + "\n").encode()
+
+
+def _lines(value: object, depth: int, newline: str) -> str:
+    inner = newline + " "
+    if depth and isinstance(value, dict) and value:
+        pairs = (f"{json.dumps(key)}: {_lines(item, depth - 1, inner)}" for key, item in value.items())
+        return f"{{{inner}{f',{inner}'.join(pairs)}{newline}}}"
+    if depth and isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return f"[{inner}{f',{inner}'.join(_lines(item, depth - 1, inner) for item in value)}{newline}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def _brief(value: object) -> object:
@@ -48,6 +61,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def _refuse_constant(name: str) -> None:
@@ -98,6 +118,34 @@ class Fields:
             raise self.error(name, "must be a list of integers of at least 0", values)
         return tuple(values)
 
+    def pairs(self, name: str) -> list[tuple[int, int]]:
+        """A list of pairs of integers of at least 0."""
+        values = self._take(name)
+        whole = isinstance(values, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in values)
+        if not whole or not all(type(value) is int and 0 <= value < 2**62 for pair in values for value in pair):
+            raise self.error(name, "must be a list of pairs of integers of at least 0", values)
+        return [(first, second) for first, second in values]
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings."""
+        values = self._take(name)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise self.error(name, "must be a list of strings", values)
+        return tuple(values)
+
+    def number(self, name: str) -> float:
+        """A finite number of at least 0."""
+        value = self._take(name)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise self.error(name, "must be a number of at least 0", value)
+        return float(value)
+
+    def boolean(self, name: str) -> bool:
+        value = self._take(name)
+        if not isinstance(value, bool):
+            raise self.error(name, "must be true or false", value)
+        return value
+
     def text(self, name: str) -> str:
         value = self._take(name)
         if not isinstance(value, str):
@@ -127,6 +175,20 @@ class Fields:
             raise self.error(name, "must be a list", values)
         at = self.path(name)
         return [Fields(value, file=self._file, at=f"{at}[{index}]") for index, value in enumerate(values)]
+
+    def each_or_null(self, name: str) -> list["Fields | None"]:
+        """As ``each``, with None where the list has null."""
+        values = self._take(name)
+        if not isinstance(values, list):
+            raise self.error(name, "must be a list", values)
+        at = self.path(name)
+        return [
+            None if value is None else Fields(value, file=self._file, at=f"{at}[{index}]")
+            for index, value in enumerate(values)
+        ]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
 
     def rest(self) -> dict[str, Any]:
         """Fields that this release does not know, to be kept as they are."""

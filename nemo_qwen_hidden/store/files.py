@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,10 @@ from pathlib import Path, PurePosixPath
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.format import TEMPORARY
 
+_ODD = re.compile("[\\\\\0\ud800-\udfff]")  # lone surrogates: no file system has them
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def check_name(name: str, *, setting: str) -> str:
@@ -20,7 +24,8 @@ def check_name(name: str, *, setting: str) -> str:
         StoreError: absolute, or with ``..`` or anything else that is not a plain name; names ``setting``.
     """
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+    odd = _ODD.search(name) is not None
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or odd:
         raise StoreError(setting, "must be a plain path inside the store's folder", name)
     return name
 
@@ -50,6 +55,23 @@ def open_inside(folder: Path, name: str) -> int:
         os.close(descriptor)
         raise StoreError(str(folder / name), rule, stat.filemode(mode))
     return descriptor
+
+
+def read_inside(folder: Path, name: str) -> bytes:
+    """All of file ``name`` of a store, opened as by ``open_inside``."""
+    with os.fdopen(open_inside(folder, name), "rb") as file:
+        return file.read()
+
+
+def read_exactly(descriptor: int, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on, however many calls that takes; EOFError where the file ends before."""
+    parts, left = [], size
+    while left:
+        parts.append(os.pread(descriptor, left, offset + size - left))
+        if not parts[-1]:
+            raise EOFError(f"the file ends {left} bytes too early")
+        left -= len(parts[-1])
+    return b"".join(parts)
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -100,4 +122,19 @@ def naming_full_disk(folder: Path, what: str) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         rule = f"must have room for the store ({error.strerror} while writing {what})"
+        raise StoreError("store.path", rule, str(folder)) from error
+
+
+@contextmanager
+def naming_store(folder: Path, what: str) -> Iterator[None]:
+    """``naming_full_disk``, and the same for a store that vanishes, or may not be written any more, while a job works
+    on it."""
+    try:
+        with naming_full_disk(folder, what):
+            yield
+    except OSError as error:
+        if error.errno not in (*_GONE, *_CLOSED):
+            raise
+        rule = "must stay where it is while it is written" if error.errno in _GONE else "must stay writable"
+        rule += f" ({error.strerror} while writing {what})"
         raise StoreError("store.path", rule, str(folder)) from error

@@ -10,10 +10,22 @@ from typing import Any
 from nemo_qwen_hidden.errors import ConfigError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.fields import load_json
-from nemo_qwen_hidden.store.format import FORMAT, MANIFEST, MARKER, SHARD_FILES, TEMPORARY, TOKEN_FILES, TOKENS
+from nemo_qwen_hidden.store.format import (
+    FINAL_NORM_FILE,
+    FORMAT,
+    JOURNAL,
+    JOURNAL_FOLDER_FILES,
+    MANIFEST,
+    MARKER,
+    SHARD_FILES,
+    STAGED,
+    TEMPORARY,
+    TOKEN_FILES,
+    TOKENS,
+)
 
 MARKER_FORMAT = "nemo_qwen_hidden.unfinished"
-_TOP = (MANIFEST, MARKER, MANIFEST + TEMPORARY, MARKER + TEMPORARY)
+_TOP = tuple(name + end for name in (MANIFEST, MARKER, FINAL_NORM_FILE) for end in ("", TEMPORARY))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,15 @@ def describe_marker(marker: Mapping[str, Any]) -> str:
 
 def survey(folder: Path) -> Contents:
     """Looks through ``folder``, which exists. A symbolic link is never ours, and never followed."""
+    while True:
+        try:
+            return _survey(folder)
+        except FileNotFoundError:  # a run that ends at this moment takes its journal and marker away
+            if not folder.exists():
+                raise
+
+
+def _survey(folder: Path) -> Contents:
     files: list[Path] = []
     folders: list[Path] = []
     foreign: list[str] = []
@@ -58,6 +79,8 @@ def survey(folder: Path) -> Contents:
         elif entry.is_dir(follow_symlinks=False) and kind is not None:
             folders.append(folder / entry.name)
             for child in _entries(folder / entry.name):
+                if entry.name == JOURNAL and child.name == STAGED and child.is_dir(follow_symlinks=False):
+                    continue
                 ours = child.is_file(follow_symlinks=False) and kind.fullmatch(child.name)
                 if ours:
                     files.append(Path(child.path))
@@ -68,7 +91,8 @@ def survey(folder: Path) -> Contents:
     manifest = _json_of_ours(folder / MANIFEST, FORMAT, files)
     marker = _json_of_ours(folder / MARKER, MARKER_FORMAT, files)
     if manifest is None and marker is None:  # nothing says that these are parts of a store
-        foreign += [str(path.relative_to(folder)) for path in (*folders, *files) if path.suffix != TEMPORARY]
+        harmless = (path for path in (*folders, *files) if path.suffix == TEMPORARY or _of_journal(path, folder))
+        foreign += [str(path.relative_to(folder)) for path in sorted({*folders, *files} - set(harmless))]
     else:
         claimed = {MANIFEST: manifest, MARKER: marker}
         foreign += [name for name, found in claimed.items() if folder / name in files and found is None]
@@ -80,6 +104,11 @@ def survey(folder: Path) -> Contents:
         folders=tuple(path for path in folders if path not in foreign_paths),
         foreign=tuple(foreign),
     )
+
+
+def _of_journal(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is what a job that has not begun yet makes to lock the folder."""
+    return path == folder / JOURNAL or (path.parent == folder / JOURNAL and path.suffix == ".lock")
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -101,8 +130,8 @@ def _entries(folder: Path) -> list["os.DirEntry[str]"]:
 
 def _kind(entry: "os.DirEntry[str]") -> re.Pattern[str] | None:
     """What files of ours are called in a folder of this name, None where the folder is not ours."""
-    if entry.name == TOKENS:
-        return TOKEN_FILES
+    if entry.name in (TOKENS, JOURNAL):
+        return TOKEN_FILES if entry.name == TOKENS else JOURNAL_FOLDER_FILES
     try:
         HookPoint.parse(entry.name)
     except ConfigError:

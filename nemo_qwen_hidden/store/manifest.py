@@ -1,10 +1,13 @@
 """The record of what a store is. Unknown optional fields are kept; an unknown version is refused."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from nemo_qwen_hidden.store.entries import HookPointEntry, TokenPart
+from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part, ShardEntry
 from nemo_qwen_hidden.store.fields import Fields, load_json, to_json
 from nemo_qwen_hidden.store.format import (
     DTYPES,
@@ -12,107 +15,197 @@ from nemo_qwen_hidden.store.format import (
     FORMAT_VERSION,
     MANIFEST,
     VERSIONS_READ,
+    Dtype,
     ShardGrid,
 )
+
+NO_DIGEST = "0" * 64
+_MOST_HIDDEN = 2**24  # a store without rows has no file that contradicts any size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """rows, documents, hidden_size, shard_rows: sizes of the whole store. compute_dtype: what the model ran in, a
-    name for people. stored_dtype: one of ``format.DTYPES``. model, tokenizer, data, producer: provenance, as the
-    caller gives it (JSON values). extra: fields that this release does not know."""
+    """hidden_size: H. compute_dtype: what the model ran in, a name for people. stored_dtype: one of
+    ``format.DTYPES``. final_norm: the file with the weight of the model's final norm, None where it is not known.
+    model, tokenizer: what made the states. producers: who, how and when, one for each job that worked on the store
+    (JSON values). extra: fields that this release does not know."""
 
-    rows: int
-    documents: int
     hidden_size: int
-    shard_rows: int
     compute_dtype: str
     stored_dtype: str
     hook_points: tuple[HookPointEntry, ...]
-    tokens: tuple[TokenPart, ...]
+    parts: tuple[Part, ...]
+    final_norm: FileEntry | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    producer: Mapping[str, Any] = field(default_factory=dict)
+    producers: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     dtypes_extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def rows(self) -> int:
+        """N."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return sum(part.documents for part in self.parts)
+
+    @property
+    def dtype(self) -> Dtype:
+        """The stored dtype."""
+        return DTYPES[self.stored_dtype]
+
+    @cached_property
     def grid(self) -> ShardGrid:
-        return ShardGrid(rows=self.rows, shard_rows=self.shard_rows)
+        """Which rows lie in which shard, the same for every hook point."""
+        return ShardGrid((part.rows, part.shard_rows) for part in self.parts)
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """The hook points, in order of depth."""
+        return tuple(entry.point for entry in self.hook_points)
+
+    def entry(self, point: HookPoint) -> HookPointEntry:
+        """What is stored of ``point``; KeyError where nothing is."""
+        return self._entries[point]
+
+    @cached_property
+    def _entries(self) -> dict[HookPoint, HookPointEntry]:
+        return {entry.point: entry for entry in self.hook_points}
+
+    def part_of(self, shard: int) -> Part:
+        """The part that a shard belongs to."""
+        return self.parts[self.grid.part_of(shard)]
+
+    def missing(self) -> Iterator[tuple[HookPoint, int]]:
+        """Hook point and number of every shard that is not there yet."""
+        for entry in self.hook_points:
+            yield from ((entry.point, shard) for shard, found in enumerate(entry.shards) if found is None)
+
+    def files(self) -> Iterator[FileEntry | ShardEntry]:
+        """Every file that is there."""
+        if self.final_norm is not None:
+            yield self.final_norm
+        for part in self.parts:
+            yield from (part.tokens, part.lines)
+        for entry in self.hook_points:
+            yield from entry.present
 
     @classmethod
     def from_json(cls, text: bytes, file: str = MANIFEST) -> "Manifest":
         """The manifest in ``text``; ``file`` is its name in errors.
 
         Raises:
-            StoreError: not a manifest of ours, of another version, or inconsistent; names file and field.
+            StoreError: not a manifest of ours, of another version, changed since it was written, or inconsistent;
+                names file and field.
         """
-        fields = Fields(load_json(text, file), file=file)
+        values = load_json(text, file)
+        fields = Fields(values, file=file)
+        cls._check_version(fields)
+        digest = fields.text("sha256")
+        if digest != _digest(text, digest):
+            raise fields.error("sha256", f"must be {_digest(text, digest)}, of which the file has been changed", digest)
+        manifest = cls.parse(fields)
+        missing = next(manifest.missing(), None)
+        if missing is not None:
+            raise fields.error("hook_points", "must list every shard", f"no shard {missing[1]} of {missing[0]}")
+        return manifest
+
+    def to_json(self) -> bytes:
+        """UTF-8, a line for each field and each entry of its lists; what ``from_json`` reads."""
+        values = self.as_dict()
+        blank = to_json({"format": FORMAT, "version": FORMAT_VERSION, "sha256": NO_DIGEST} | values)
+        return blank.replace(NO_DIGEST.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
+
+    @classmethod
+    def parse(cls, fields: Fields) -> "Manifest":
+        """A manifest from the fields of ``as_dict``, of which shards may be missing.
+
+        Raises:
+            StoreError: inconsistent; names file and field.
+        """
+        dtypes = fields.nested("dtypes")
+        manifest = cls(
+            hidden_size=fields.integer("hidden_size", minimum=1),
+            compute_dtype=dtypes.text("compute"),
+            stored_dtype=dtypes.choice("stored", tuple(DTYPES)),
+            parts=tuple(Part.parse(part) for part in fields.each("parts")),
+            hook_points=tuple(HookPointEntry.parse(entry) for entry in fields.each("hook_points")),
+            final_norm=FileEntry.parse(fields.nested("final_norm")) if "final_norm" in fields else None,
+            model=fields.mapping("model"),
+            tokenizer=fields.mapping("tokenizer"),
+            producers=tuple(producer.rest() for producer in fields.each("producers")),
+            extra={},
+            dtypes_extra=dtypes.rest(),
+        )
+        manifest._check(fields)
+        object.__setattr__(manifest, "extra", fields.rest())
+        return manifest
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, in one order of keys."""
+        return {
+            "rows": self.rows,
+            "documents": self.documents,
+            "hidden_size": self.hidden_size,
+            "dtypes": {"compute": self.compute_dtype, "stored": self.stored_dtype, **self.dtypes_extra},
+            "model": dict(self.model),
+            "tokenizer": dict(self.tokenizer),
+            "producers": [dict(producer) for producer in self.producers],
+            **({} if self.final_norm is None else {"final_norm": self.final_norm.as_dict()}),
+            "parts": [part.as_dict() for part in self.parts],
+            "hook_points": [entry.as_dict() for entry in self.hook_points],
+            **self.extra,
+        }
+
+    @staticmethod
+    def _check_version(fields: Fields) -> None:
         fields.choice("format", (FORMAT,))
         version = fields.integer("version")
         if version not in VERSIONS_READ:
             known = ", ".join(str(number) for number in VERSIONS_READ)
             raise fields.error("version", f"must be one that this release of nemo_qwen_hidden reads ({known})", version)
-        dtypes = fields.nested("dtypes")
-        manifest = cls(
-            rows=fields.integer("rows"),
-            documents=fields.integer("documents"),
-            hidden_size=fields.integer("hidden_size", minimum=1),
-            shard_rows=fields.integer("shard_rows", minimum=1),
-            compute_dtype=dtypes.text("compute"),
-            stored_dtype=dtypes.choice("stored", tuple(DTYPES)),
-            hook_points=tuple(HookPointEntry.parse(entry) for entry in fields.each("hook_points")),
-            tokens=tuple(TokenPart.parse(part) for part in fields.each("tokens")),
-            **{name: fields.mapping(name) for name in ("model", "tokenizer", "data", "producer")},
-            extra=fields.rest(),
-            dtypes_extra=dtypes.rest(),
-        )
-        manifest._check(fields)
-        return manifest
-
-    def to_json(self) -> bytes:
-        """UTF-8, indented, one key order; what ``from_json`` reads."""
-        entries = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "rows": self.rows,
-            "documents": self.documents,
-            "hidden_size": self.hidden_size,
-            "shard_rows": self.shard_rows,
-            "dtypes": {"compute": self.compute_dtype, "stored": self.stored_dtype, **self.dtypes_extra},
-            "hook_points": [entry.as_dict() for entry in self.hook_points],
-            "tokens": [part.as_dict() for part in self.tokens],
-            "model": dict(self.model),
-            "tokenizer": dict(self.tokenizer),
-            "data": dict(self.data),
-            "producer": dict(self.producer),
-            **self.extra,
-        }
-        return to_json(entries)
 
     def _check(self, fields: Fields) -> None:
-        """Whether sizes agree with each other: shards lie on the grid without gap or overlap, parts likewise."""
-        names = [entry.point for entry in self.hook_points]
-        if len(set(names)) != len(names):
-            raise fields.error("hook_points", "must name each hook point once", [str(name) for name in names])
-        grid = self.grid
-        for index, entry in enumerate(self.hook_points):
-            if len(entry.shards) != grid.shards:
-                at = f"hook_points[{index}].shards"
-                raise fields.error(at, f"must list {grid.shards} shards, as rows and shard_rows say", len(entry.shards))
-            for shard, listed in enumerate(entry.shards):
-                expected = grid.rows_of(shard)
-                if (listed.first_row, listed.rows) != (expected.start, len(expected)):
-                    at = f"hook_points[{index}].shards[{shard}]"
-                    rule = f"must hold rows {expected.start} to {expected.stop - 1}"
-                    raise fields.error(at, rule, f"{listed.first_row} to {listed.first_row + listed.rows - 1}")
-        row = document = 0
-        for index, part in enumerate(self.tokens):
+        """Whether sizes agree with each other: parts follow each other, shards lie on the grid."""
+        if self.hidden_size > _MOST_HIDDEN:
+            raise fields.error("hidden_size", f"must be at most {_MOST_HIDDEN}", self.hidden_size)
+        row = document = shards = 0
+        for index, part in enumerate(self.parts):
             if (part.first_row, part.first_document) != (row, document):
                 rule = f"must start at row {row} and document {document}"
-                raise fields.error(f"tokens[{index}]", rule, f"{part.first_row} and {part.first_document}")
+                raise fields.error(f"parts[{index}]", rule, f"{part.first_row} and {part.first_document}")
             row, document = row + part.rows, document + part.documents
-        if (row, document) != (self.rows, self.documents):
-            rule = f"must hold {self.rows} rows and {self.documents} documents in all"
-            raise fields.error("tokens", rule, f"{row} and {document}")
+            shards += -(-part.rows // part.shard_rows)
+        for name, size in (("rows", row), ("documents", document)):
+            given = fields.integer(name)
+            if given != size:
+                raise fields.error(name, f"must be {size}, as the parts say", given)
+        if len(set(self.points)) != len(self.points) or not self.points:
+            raise fields.error("hook_points", "must name each hook point once", [str(name) for name in self.points])
+        for index, entry in enumerate(self.hook_points):  # before the grid is made, whose size the file decides
+            if len(entry.shards) != shards:
+                at = f"hook_points[{index}].shards"
+                raise fields.error(at, f"must list {shards} shards, as the parts say", len(entry.shards))
+        names = {MANIFEST}
+        for file in self.files():
+            if file.file in names:
+                raise fields.error("hook_points", "must name each file once", file.file)
+            names.add(file.file)
+        starts = self.grid.starts
+        for index, entry in enumerate(self.hook_points):
+            for shard, listed in enumerate(entry.shards):
+                if listed is not None and (listed.first_row, listed.first_row + listed.rows) != (
+                    starts[shard],
+                    starts[shard + 1],
+                ):
+                    rule = f"must hold rows {starts[shard]} to {starts[shard + 1] - 1}"
+                    found = f"{listed.first_row} to {listed.first_row + listed.rows - 1}"
+                    raise fields.error(f"hook_points[{index}].shards[{shard}]", rule, found)
+
+
+def _digest(text: bytes, digest: str) -> str:
+    """SHA-256 of the file with zeros in place of its own digest."""
+    return hashlib.sha256(text.replace(digest.encode(), NO_DIGEST.encode(), 1)).hexdigest()

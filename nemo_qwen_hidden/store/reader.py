@@ -1,11 +1,12 @@
-"""Reads a store: opens without touching a shard, maps shards when their rows are asked for, copies only those rows.
+"""Reads a store: opens without touching a shard, opens shards when their rows are asked for, copies only those rows.
 
 Needs neither NeMo nor Megatron. Legend: N rows of the store, n rows asked for, H hidden.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.entries import HookPointEntry
+from nemo_qwen_hidden.store.entries import FileEntry
 from nemo_qwen_hidden.store.fields import load_json
-from nemo_qwen_hidden.store.files import open_inside
 from nemo_qwen_hidden.store.folder import describe_marker
-from nemo_qwen_hidden.store.format import DTYPES, MANIFEST, MARKER
+from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.maps import map_tensors
+from nemo_qwen_hidden.store.mapped import MappedShards
+from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
 from nemo_qwen_hidden.store.rows import Rows, resolve
-from nemo_qwen_hidden.store.tensors import TORCH_DTYPES, empty
+from nemo_qwen_hidden.store.shard import DIVISOR
+from nemo_qwen_hidden.store.source import Folder, Source
+from nemo_qwen_hidden.store.statistics import Statistics, merge
+from nemo_qwen_hidden.store.stored import ShardReader, check_shard
+from nemo_qwen_hidden.store.tensors import read_dtype
 from nemo_qwen_hidden.store.tokens import TokenTable
+from nemo_qwen_hidden.store.views import HookPointView
+
+_MOST_BYTES = 1 << 62  # offsets stay within int64
 
 
 class UnknownHookPointError(StoreError, KeyError):
@@ -33,48 +41,68 @@ class UnknownHookPointError(StoreError, KeyError):
     __str__ = Exception.__str__  # KeyError's would put the message in quotes
 
 
-def open_store(path: str | os.PathLike[str]) -> "Store":
-    """The store at ``path``. Reads the manifest and the header of the token table; no shard is opened.
+def open_store(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> "Store":
+    """The store at ``path``. Reads the manifest alone; no other file is opened.
+
+    Args:
+        path: a folder, or a URL of any file system that fsspec knows (``s3://bucket/store``; needs the extra
+            ``remote``, and fsspec's package for that file system).
+        storage_options: of that file system, as fsspec takes them.
 
     Raises:
-        StoreNotFoundError: there is none, or an unfinished one.
-        StoreError: the manifest or the token table is not what it should be; names file and field.
+        StoreNotFoundError: there is none, or one whose first job has not finished.
+        StoreError: the manifest is not what it should be; names file and field.
     """
-    folder = Path(path)
-    if not os.path.lexists(folder / MANIFEST):
-        raise StoreNotFoundError("store", _missing(folder), str(folder))
-    manifest = Manifest.from_json(_read(folder, MANIFEST), str(folder / MANIFEST))
-    if len(manifest.tokens) != 1:
-        rule = "must be one part, which is what this release of nemo_qwen_hidden reads"
-        raise StoreError(f"{folder / MANIFEST}: tokens", rule, len(manifest.tokens))
-    return Store(folder, manifest, TokenTable(folder, manifest.tokens[0]))
+    if isinstance(path, str) and ("://" in path or "::" in path):
+        from nemo_qwen_hidden.store.remote import RemoteShards, open_url  # fsspec is imported for this alone
+
+        source = open_url(path, storage_options or {})
+        if not isinstance(source, Folder):
+            manifest = _manifest(source)
+            return Store(path, source, manifest, RemoteShards(source, manifest), options=storage_options)
+        path = source.path
+    elif storage_options:
+        raise StoreError("storage_options", "must be given with a URL alone", sorted(storage_options))
+    folder = Folder(Path(path))
+    manifest = _manifest(folder)
+    return Store(folder.path, folder, manifest, MappedShards(folder.path, manifest))
 
 
 class Store:
-    """A finished store; made by ``open_store``.
+    """A finished store; made by ``open_store``. Can be pickled, to be opened again where it is unpickled.
 
     Attributes:
-        path: its folder. manifest: what it is. tokens: what each row is.
+        path: its folder, or its URL. manifest: what it is. tokens: what each row is.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, tokens: TokenTable) -> None:
-        self.path, self.manifest, self.tokens = path, manifest, tokens
-        self._views = {str(entry.point): HookPointView(path, manifest, entry) for entry in manifest.hook_points}
+    def __init__(
+        self,
+        path: Path | str,
+        source: Source,
+        manifest: Manifest,
+        shards: ShardReader,
+        *,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.manifest, self.tokens = path, manifest, TokenTable(source, manifest.parts)
+        self._source, self._shards, self._options = source, shards, options
+        self._numbers = {str(point): number for number, point in enumerate(manifest.points)}
+        self._statistics: dict[int, Statistics] = {}
 
     @property
     def hook_points(self) -> tuple[str, ...]:
         """What is stored, as ``resid_post@12``, in order of depth."""
-        return tuple(self._views)
+        return tuple(self._numbers)
 
     @property
     def rows(self) -> int:
         """N, the number of tokens."""
-        return self.manifest.rows
+        return self.tokens.rows
 
     @property
     def documents(self) -> int:
         """The number of documents."""
-        return self.manifest.documents
+        return self.tokens.documents
 
     @property
     def hidden_size(self) -> int:
@@ -83,20 +111,77 @@ class Store:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype."""
-        return TORCH_DTYPES[self.manifest.stored_dtype]
+        """What states are read as: the stored dtype, or float32 where that is int8."""
+        return read_dtype(self.manifest.dtype)
 
-    def __getitem__(self, hook_point: str | HookPoint) -> "HookPointView":
+    def __getitem__(self, hook_point: str | HookPoint) -> HookPointView:
         """The states at one hook point, [N, H], not read yet; UnknownHookPointError where the store lacks it."""
-        view = self._views.get(str(hook_point))
-        if view is None:
-            names = self.hook_points
-            shown = ", ".join(names if len(names) <= 8 else (*names[:4], "...", *names[-3:]))
-            raise UnknownHookPointError("hook point", f"must be one that {self.path} holds ({shown})", str(hook_point))
-        return view
+        return HookPointView(self, self.manifest.hook_points[self._number(hook_point)])
 
     def __contains__(self, hook_point: object) -> bool:
-        return str(hook_point) in self._views
+        return str(hook_point) in self._numbers
+
+    def read(
+        self, rows: Rows, hook_points: Iterable[str | HookPoint | HookPointView] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The same rows at several hook points, at all of them by default: [n, H] of each by name, [H] for an int.
+
+        Args:
+            rows: everything that a view takes. hook_points: names, or views of this store, whose values are given.
+
+        Raises:
+            UnknownHookPointError: the store lacks one. ValueError: a hook point is given twice, or is another store's.
+            What indexing a view raises.
+        """
+        views = self.views(hook_points)
+        return dict(zip(views, self.read_views(rows, list(views.values())), strict=True))
+
+    def views(self, hook_points: Iterable[str | HookPoint | HookPointView] | None = None) -> dict[str, HookPointView]:
+        """Views by the name of their hook point, of all by default; raises as ``read`` does."""
+        asked = self.hook_points if hook_points is None else hook_points
+        views = [point if isinstance(point, HookPointView) else self[point] for point in asked]
+        named = {str(view.hook_point): view for view in views}
+        if len(named) != len(views):
+            raise ValueError(f"each hook point can be read once: {[str(view.hook_point) for view in views]}")
+        if any(view.store is not self for view in views):
+            raise ValueError(f"a view of another store cannot be read from {self.path}")
+        return named
+
+    def read_views(self, rows: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
+        """The same rows of several views, each [n, H], or [H] for an int."""
+        chosen = resolve(rows, self.rows)
+        numbers = [self._numbers[str(view.hook_point)] for view in views]
+        if isinstance(chosen, int):
+            found = self._shards.consecutive(numbers, chosen, 1)
+        elif isinstance(chosen, range) and chosen.step == 1:
+            found = self._shards.consecutive(numbers, chosen.start, len(chosen))
+        else:
+            found = self._shards.scattered(numbers, np.asarray(chosen, np.int64))
+        values = [view.finish(stored.decoded(), chosen) for view, stored in zip(views, found, strict=True)]
+        return [value[0] for value in values] if isinstance(chosen, int) else values
+
+    def divisor(self, hook_point: str | HookPoint, rows: Rows) -> torch.Tensor:
+        """fp32 [n], or a scalar for an int: what the final norm divided each of these rows by: sqrt(mean(x**2) + eps)
+        of the state x before it.
+
+        Raises:
+            StoreError: the hook point was stored without it; or a shard is not what the manifest says.
+        """
+        number = self._number(hook_point)
+        entry = self.manifest.hook_points[number]
+        if not entry.divisor:
+            raise StoreError(f"{entry.point}: divisor", "must have been stored beside the states", entry.meaning)
+        chosen = resolve(rows, self.rows)
+        places = np.atleast_1d(np.asarray(chosen, np.int64))
+        shards = np.searchsorted(np.asarray(self.manifest.grid.starts), places, side="right") - 1
+        found = np.empty(len(places), np.float32)
+        for shard in np.unique(shards).tolist():
+            listed = entry.present[shard]
+            header, tensors = self._source.tensors(listed.file)
+            check_shard(self.manifest, number, shard, header, self._source.name(listed.file))
+            here = shards == shard
+            found[here] = tensors[DIVISOR][places[here] - listed.first_row]
+        return torch.from_numpy(found)[0] if isinstance(chosen, int) else torch.from_numpy(found)
 
     def document(self, index: int) -> "StoredDocument":
         """Document number ``index``; IndexError where there is none."""
@@ -104,8 +189,63 @@ class Store:
         rows = self.tokens.document_rows(index)
         return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, store=self)
 
+    def statistics(self, hook_point: str | HookPoint) -> Statistics:
+        """Of the stored values of one hook point; the first call reads arrays beside the values of every shard.
+
+        Raises:
+            UnknownHookPointError: the store lacks it. StoreError: a shard is not what the manifest says.
+        """
+        number = self._number(hook_point)
+        if number not in self._statistics:
+            listed = self.manifest.hook_points[number].present
+            known = zip(listed, self._shards.sums(number), strict=True)
+            shards = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
+            self._statistics[number] = merge(shards, self.hidden_size)
+        return self._statistics[number]
+
+    @cached_property
+    def final_norm(self) -> tuple[torch.Tensor, float]:
+        """Weight, fp32 [H], and epsilon of the model's final RMSNorm.
+
+        Raises:
+            StoreError: the store has none, or its file is not what it should be.
+        """
+        entry = self.manifest.final_norm
+        if entry is None:
+            raise StoreError("final_norm", "must be known to the store", str(self.path))
+        return self._final_norm(entry)
+
+    def _final_norm(self, entry: FileEntry) -> tuple[torch.Tensor, float]:
+        file = self._source.name(entry.file)
+        header, tensors = self._source.tensors(entry.file)
+        layout = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
+        expected = {WEIGHT: ("F32", (self.hidden_size,))}
+        if layout != expected or header.size_bytes != entry.bytes:
+            rule = f"must be {entry.bytes} bytes that hold {expected}, as the manifest says"
+            raise StoreError(file, rule, (header.size_bytes, layout))
+        text = header.metadata.get(EPSILON, "")
+        try:
+            eps = float(text)
+        except ValueError:
+            eps = -1.0
+        if not 0 <= eps < 1:
+            raise StoreError(f"{file}: {EPSILON}", "must be a number from 0 to 1", text)
+        return torch.from_numpy(np.array(tensors[WEIGHT])), eps
+
+    def _number(self, hook_point: str | HookPoint) -> int:
+        number = self._numbers.get(str(hook_point))
+        if number is None:
+            names = self.hook_points
+            shown = ", ".join(names if len(names) <= 8 else (*names[:4], "...", *names[-3:]))
+            raise UnknownHookPointError("hook point", f"must be one that {self.path} holds ({shown})", str(hook_point))
+        return number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path = self.path.absolute() if isinstance(self.path, Path) else self.path
+        return open_store, (path, self._options)
+
     def __repr__(self) -> str:
-        points = f"{len(self._views)} hook points" if len(self._views) != 1 else next(iter(self._views))
+        points = f"{len(self._numbers)} hook points" if len(self._numbers) != 1 else self.hook_points[0]
         size = f"{self.rows} rows x {self.hidden_size}, {self.manifest.stored_dtype}, {self.documents} documents"
         return f"Store({str(self.path)!r}: {points} x {size})"
 
@@ -122,14 +262,15 @@ class StoredDocument:
 
     @property
     def token_id(self) -> NDArray[np.int32]:
-        """[tokens], a view of the token table."""
-        return self.store.tokens.token_id[self.rows.start : self.rows.stop]
+        """[tokens]"""
+        found: NDArray[np.int32] = self.store.tokens.token_id[self.rows.start : self.rows.stop]
+        return found
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, hook_point: str | HookPoint) -> torch.Tensor:
-        """[tokens, H] in the stored dtype; UnknownHookPointError where the store lacks the hook point."""
+        """[tokens, H]; UnknownHookPointError where the store lacks the hook point."""
         return self.store[hook_point][self.rows]
 
     def __repr__(self) -> str:
@@ -137,109 +278,19 @@ class StoredDocument:
         return f"StoredDocument({self.index}: {self.id!r}, {rows}, from {self.source!r})"
 
 
-class HookPointView:
-    """The states at one hook point, [N, H], read on demand: ``view[rows]`` copies those rows out of their shards.
-
-    ``rows`` is an int (gives [H]), or a slice, a range, a list, a numpy array or a torch tensor of row numbers, or a
-    boolean mask over all rows (gives [n, H], order and repeats kept).
-
-    Raises (on indexing):
-        IndexError: a row that is not there. TypeError: another kind of index.
-        StoreError: a shard is missing or is not what the manifest says; names the file.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, entry: HookPointEntry) -> None:
-        self._folder, self._entry, self._grid = folder, entry, manifest.grid
-        self._dtype, self._hidden_size = DTYPES[manifest.stored_dtype], manifest.hidden_size
-        self._shards: dict[int, NDArray[Any]] = {}
-
-    @property
-    def hook_point(self) -> HookPoint:
-        return self._entry.point
-
-    @property
-    def norm(self) -> str:
-        """Whether the states were taken ``before`` or ``after`` the model's final norm."""
-        return self._entry.norm
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N, H."""
-        return self._grid.rows, self._hidden_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype, which indexing gives."""
-        return TORCH_DTYPES[self._dtype.name]
-
-    def __len__(self) -> int:
-        return self._grid.rows
-
-    def __getitem__(self, rows: Rows) -> torch.Tensor:
-        """[n, H], or [H] for an int: a copy that owns its memory."""
-        chosen = resolve(rows, self._grid.rows)
-        if isinstance(chosen, int):
-            return self._consecutive(chosen, 1)[0]
-        if isinstance(chosen, range) and chosen.step == 1:
-            return self._consecutive(chosen.start, len(chosen))
-        return self._scattered(np.asarray(chosen, np.int64))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Each row, [H]."""
-        return (self[row] for row in range(len(self)))
-
-    def __repr__(self) -> str:
-        rows, hidden_size = self.shape
-        taken = f"{self._dtype.name}, {self.norm} the final norm"
-        return f"HookPointView({self._entry.point}: {rows} rows x {hidden_size}, {taken})"
-
-    def _consecutive(self, first_row: int, count: int) -> torch.Tensor:
-        tensor_nH, out_nH = empty((count, self._hidden_size), self._dtype)
-        for shard, row, size in self._grid.pieces(first_row, count):
-            start = row - shard * self._grid.shard_rows
-            out_nH[row - first_row : row - first_row + size] = self._shard(shard)[start : start + size]
-        return tensor_nH
-
-    def _scattered(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        tensor_nH, out_nH = empty((len(rows), self._hidden_size), self._dtype)
-        if not len(rows):
-            return tensor_nH
-        shards, inside = np.divmod(rows, self._grid.shard_rows)
-        order = np.argsort(shards, kind="stable")
-        present, starts = np.unique(shards[order], return_index=True)
-        for shard, places in zip(present, np.split(order, starts[1:]), strict=True):
-            out_nH[places] = self._shard(int(shard))[inside[places]]
-        return tensor_nH
-
-    def _shard(self, shard: int) -> NDArray[Any]:
-        """[rows of the shard, H], mapped and checked at first use."""
-        if shard not in self._shards:
-            self._shards[shard] = self._map(shard)
-        return self._shards[shard]
-
-    def _map(self, shard: int) -> NDArray[Any]:
-        listed, name = self._entry.shards[shard], str(self._entry.point)
-        header, tensors = map_tensors(self._folder, listed.file)
-        found = {"bytes": header.size_bytes, "tensors": {k: (v.dtype, v.shape) for k, v in header.tensors.items()}}
-        shape = (listed.rows, self._hidden_size)
-        expected = {"bytes": listed.bytes, "tensors": {name: (self._dtype.safetensors, shape)}}
-        labels = {"hook_point": name, "first_row": str(listed.first_row), "rows": str(listed.rows), "norm": self.norm}
-        found |= {label: header.metadata.get(label) for label in labels}
-        for label, value in {**expected, **labels}.items():
-            if found[label] != value:
-                rule = f"must have {label} {value}, as the manifest says"
-                raise StoreError(str(self._folder / listed.file), rule, found[label])
-        return tensors[name]
+def _manifest(source: Source) -> Manifest:
+    if not source.exists(MANIFEST):
+        raise StoreNotFoundError("store", _missing(source), source.location)
+    manifest = Manifest.from_json(source.read(MANIFEST), source.name(MANIFEST))
+    size = manifest.rows * manifest.hidden_size * manifest.dtype.bytes
+    if size >= _MOST_BYTES:
+        raise StoreError(source.name(MANIFEST), f"must claim less than {_MOST_BYTES} bytes a hook point", size)
+    return manifest
 
 
-def _read(folder: Path, name: str) -> bytes:
-    with os.fdopen(open_inside(folder, name), "rb") as file:
-        return file.read()
-
-
-def _missing(folder: Path) -> str:
-    """Why there is no store at ``folder``, as the rule of an error."""
-    if not os.path.lexists(folder / MARKER):
+def _missing(source: Source) -> str:
+    """Why there is no store at ``source``, as the rule of an error."""
+    if not source.exists(MARKER):
         return f"must be the folder of a store, with a {MANIFEST}"
-    begun = describe_marker(load_json(_read(folder, MARKER), str(folder / MARKER)))
+    begun = describe_marker(load_json(source.read(MARKER), source.name(MARKER)))
     return f"must be a finished store; this one is still being made, or was left unfinished ({begun})"

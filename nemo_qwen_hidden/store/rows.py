@@ -1,13 +1,16 @@
 """What may stand in ``view[rows]``, as row numbers."""
 
 import operator
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-Rows = int | slice | range | list[int] | list[bool] | NDArray[Any] | torch.Tensor
+if TYPE_CHECKING:
+    import torch
+
+Rows: TypeAlias = Union[int, slice, range, list[int], list[bool], NDArray[Any], "torch.Tensor"]
 
 _ACCEPTED = (
     "an int, a slice, a range, a list of ints, or a one-dimensional integer or boolean numpy array or torch tensor"
@@ -27,7 +30,7 @@ def resolve(rows: Rows, count: int) -> int | range | NDArray[np.int64]:
         if len(rows):
             _check(min(rows[0], rows[-1]), max(rows[0], rows[-1]), count)
         return rows if not len(rows) or min(rows[0], rows[-1]) >= 0 else _positive(np.array(rows), count)
-    if isinstance(rows, torch.Tensor):
+    if _is_tensor(rows):
         if rows.is_floating_point() or rows.is_complex():  # bfloat16 has no numpy form to be refused in
             raise _other(f"{rows.dtype} {list(rows.shape)}")
         rows = rows.detach().cpu().numpy()
@@ -42,6 +45,12 @@ def resolve(rows: Rows, count: int) -> int | range | NDArray[np.int64]:
     if isinstance(rows, (bool, np.bool_)) or not hasattr(rows, "__index__"):
         raise _other(type(rows).__name__)
     return _one(operator.index(rows), count)
+
+
+def _is_tensor(rows: object) -> TypeGuard["torch.Tensor"]:
+    """Whether it is one of torch's, which who only reads a token table need not have loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(rows, torch.Tensor)
 
 
 def _other(given: str) -> TypeError:

@@ -1,51 +1,82 @@
-"""The life of a store that is being made. Each step is called by one rank, the others waiting where it says so.
+"""The life of a store that is being made, or added to. One process at a time, which holds ``locked``.
 
-``check_target`` before anything is loaded; ``begin``; the token table by ``TokenTableWriter``; ``check_space``; then
-every rank writes through a ``ShardWriter`` and closes it; then ``finish``, or ``discard`` where something failed.
+``check_target`` before anything is loaded; ``find`` what is there; ``start`` a new job or ``resume`` the one that a
+crash has ended; then every rank writes through a ``ShardWriter`` and closes it; then shards are sealed (see ``seal``)
+and ``finish`` makes the manifest. ``discard`` takes away a store of which nothing is durable yet.
 """
 
+import hashlib
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from nemo_qwen_hidden.errors import CoverageError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.entries import HookPointEntry, ShardEntry
-from nemo_qwen_hidden.store.fields import to_json
-from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder, write_durably
-from nemo_qwen_hidden.store.folder import MARKER_FORMAT, Contents, remove, remove_if_empty, survey
-from nemo_qwen_hidden.store.format import DTYPES, MANIFEST, MARKER, PARTIAL, TOKENS, human_bytes, shard_name
+from nemo_qwen_hidden.plan.rowset import RowSet, union
+from nemo_qwen_hidden.store import journal
+from nemo_qwen_hidden.store.fields import Fields, load_json, to_json
+from nemo_qwen_hidden.store.files import naming_full_disk, naming_store, read_inside, sync_folder, write_durably
+from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, remove_if_empty, survey
+from nemo_qwen_hidden.store.format import (
+    JOB_LOCK,
+    JOURNAL,
+    MANIFEST,
+    MARKER,
+    PARTIAL,
+    RANKS_LOCK,
+    STAGED,
+    TOKENS,
+    Shard,
+    human_bytes,
+    shard_name,
+)
+from nemo_qwen_hidden.store.journal import JournalWriter, Record
+from nemo_qwen_hidden.store.locks import job_lock, rank_lock, wait_for_ranks
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.shard import shard_header
+from nemo_qwen_hidden.store.seal import seal
+from nemo_qwen_hidden.store.shard import header_of
+from nemo_qwen_hidden.store.statistics import StoredError
 
-Written = Mapping[tuple[HookPoint, int], int]
+_MARKER_VERSION = 1
+_LOCK = ".lock"
 
 
-def check_target(path: Path, *, overwrite: bool) -> None:
-    """Whether a store can be made at ``path``; leaves everything as it is.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What lies at a path. finished: what its manifest claims. unfinished: what a job that has not ended was making of
+    it. begun: when and by whom, in words."""
+
+    finished: Manifest | None
+    unfinished: Manifest | None
+    begun: str = ""
+
+
+def check_target(path: Path) -> None:
+    """Whether a job can work at ``path``; leaves everything as it is.
 
     Raises:
-        StoreError: something else is there, or a store and not ``overwrite``; or the folder cannot be written.
+        StoreError: something else than a store is there; or the folder cannot be written.
     """
     with _naming_path(path):
         existing = _nearest_existing(path)
         if existing == path:
-            _check_contents(path, survey(path), overwrite=overwrite)
+            contents = survey(path)
+            if contents.foreign:
+                stranger = contents.foreign[0]
+                rule = f"must be a new folder, an empty one or a store; this one holds `{stranger}`, part of none"
+                raise StoreError("store.path", rule, str(path))
         with tempfile.TemporaryFile(dir=existing):  # the only sure answer: rights, read-only mounts, odd file systems
             pass
 
 
-def check_space(path: Path, needed_bytes: int) -> None:
-    """Whether the disk of ``path`` has room for a store of ``needed_bytes``, before any shard is written.
-
-    What is there of ours counts as free: before ``begin`` an earlier store, which goes; after it the token table,
-    which is part of what is needed.
+def check_space(path: Path, needed_bytes: int, *, replaced: bool = False) -> None:
+    """Whether the disk of ``path`` has room for ``needed_bytes`` more. replaced: what is there of ours goes first.
 
     Raises:
         StoreError: it has not; says how much is needed and how much is free.
@@ -54,7 +85,7 @@ def check_space(path: Path, needed_bytes: int) -> None:
         existing = _nearest_existing(path)
         disk = os.statvfs(existing)
         free = disk.f_bavail * disk.f_frsize
-        if existing == path:
+        if replaced and existing == path:
             free += survey(path).bytes
     if free < needed_bytes:
         rule = f"must be on a disk with {human_bytes(needed_bytes)} free, and {human_bytes(free)} are free there"
@@ -62,123 +93,291 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def staging(path: Path) -> Iterator[Path]:
-    """A hidden temporary folder beside ``path``, for a token table that is written before ``begin``.
-
-    Folders above it that it had to make go again where the block raised.
+def locked(path: Path) -> Iterator[None]:
+    """While entered, no other job works on the store at ``path``. Makes the folder, and folders above it; takes away
+    again what it has made and nobody has used.
 
     Raises:
-        StoreError: the folder cannot be made.
+        StoreError: as ``check_target``, or another job is at work and says who.
     """
-    parent = path.absolute().parent
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]  # the deepest first
-    try:
+    check_target(path)
+    made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]  # the deepest first
+    with ExitStack() as stack:
+        stack.callback(_remove_unused, made)
         with _naming_path(path):
-            parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=parent)
-        with folder as name:
-            yield Path(name)
-    except BaseException:
-        for folder_made in made:
-            if folder_made.exists():
-                remove_if_empty(folder_made)
-        raise
+            stack.enter_context(job_lock(path))
+        stack.callback(_tidy, path)  # before the lock goes, and its file with it
+        check_target(path)
+        yield
 
 
-def begin(path: Path, description: Mapping[str, Any], *, overwrite: bool, staged: Path | None = None) -> None:
-    """Makes the folder and marks it as a store under construction; an earlier store there is deleted.
-
-    Args:
-        description: what is being made, JSON values, kept in the marker.
-        staged: a folder of ``staging`` whose token table becomes the store's.
-
-    Raises:
-        StoreError: as ``check_target``.
-    """
-    check_target(path, overwrite=overwrite)
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A temporary folder in the store, for a token table that is written before ``start``; called while ``locked``."""
+    folder = path / JOURNAL / STAGED
     with _naming_path(path):
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        before = survey(path)
-        marker = {
-            "format": MARKER_FORMAT,
-            "version": 1,
-            "description": dict(description),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "made_folder": made or bool(before.marker and before.marker.get("made_folder")),
-        }
-        # marker before deletion: at every moment the folder is a whole store or says that it is unfinished
-        try:
-            write_durably(path / MARKER, to_json(marker))
-        except OSError:
-            if made:
-                remove_if_empty(path)
-            raise
-        if made:
-            sync_folder(path.parent)
-        _clear(path, before)
-        if staged is not None:
-            os.rename(staged / TOKENS, path / TOKENS)
-            sync_folder(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
-def finish(path: Path, manifest: Manifest, *, written: Written) -> Manifest:
-    """Turns what all ranks have written and closed into a store; returns its manifest, with the shards in it.
-
-    Args:
-        manifest: everything but the shards.
-        written: rows written of each hook point and shard, added up over all ranks.
+def find(path: Path) -> Found:
+    """What is there; called while ``locked``.
 
     Raises:
-        CoverageError: rows are missing or were written twice; nothing is claimed.
+        StoreError: a manifest or marker is not what it should be.
+    """
+    contents = survey(path)
+    manifest = marker = None
+    if contents.finished:
+        manifest = Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST))
+    if contents.marker is not None:
+        marker = _read_marker(path)
+    return Found(finished=manifest, unfinished=marker, begun=contents.begun)
+
+
+def start(
+    path: Path, target: Manifest, files: Mapping[str, bytes], *, fresh: bool = True, staged: Path | None = None
+) -> None:
+    """Begins a job that makes the store at ``path`` into ``target``; called while ``locked``.
+
+    Of what is there, only the files that ``target`` lists stay, and none of them where it is ``fresh``.
+
+    Args:
+        files: small files to write, by name. staged: a folder of ``staging`` whose token table becomes the store's.
+
+    Raises:
+        StoreError: no space is left, or the folder cannot be written.
+    """
+    check_space(path, sum(header_of(shard, target)[1].size_bytes for shard in target.missing()), replaced=fresh)
+    with _naming_path(path):
+        # journal before marker: what an earlier job has claimed is not to be believed of this one's target
+        remove(file for file in survey(path).files if file.parent.name == JOURNAL and file.suffix != _LOCK)
+        sync_folder(path / JOURNAL)
+        # marker before deletion: at every moment the folder is a whole store or says that it is unfinished
+        _write_marker(path, target)
+        wait_for_ranks(path)  # those that came before the marker: later ones see that it is not theirs
+        sync_folder(path.absolute().parent)
+        if fresh:
+            remove([path / MANIFEST])
+            sync_folder(path)
+        else:
+            _drop_false_manifest(path, target)
+        _clear(path, kept=set() if fresh else {MANIFEST, *(file.file for file in target.files())})
+        _put_files(path, target, files, staged)
+
+
+def resume(path: Path, target: Manifest, files: Mapping[str, bytes], *, staged: Path | None = None) -> None:
+    """Takes up the job that was to make ``target``; called while ``locked``. Only ``producers`` may differ from
+    what ``find`` has found.
+
+    Tidies what a crash leaves: what belongs to an earlier store goes; shards that got their final name but not their
+    line in the journal become partial again; lines about shards that have gone are forgotten; the journal becomes one
+    file.
+
+    Args:
+        files, staged: as for ``start``; used where the store lacks them.
+    """
+    with _naming_path(path):
+        _write_marker(path, target)
+        wait_for_ranks(path)
+        _drop_false_manifest(path, target)
+        _clear(path, kept=_names(target) | {str(file.relative_to(path)) for file in (path / JOURNAL).iterdir()})
+        _put_files(path, target, files, staged)
+        record = journal.read(path)
+        gone: dict[Shard, range] = {}
+        for shard in target.missing():
+            rows = target.grid.rows_of(shard[1])
+            claimed = shard in record.sealed or record.rows.get(shard[0], RowSet()).meets(rows.start, len(rows))
+            if not _settle(path, target, shard, claimed=claimed, sealed=shard in record.sealed) and claimed:
+                gone[shard] = rows
+        journal.replace(path, record.without(gone))
+
+
+def progress(path: Path, target: Manifest) -> tuple[Record, dict[HookPoint, RowSet]]:
+    """The journal, and the rows of each hook point that need not be run any more."""
+    record = journal.read(path)
+    done: dict[HookPoint, RowSet] = {}
+    for entry in target.hook_points:
+        kept = RowSet((shard.first_row, shard.rows) for shard in entry.present)
+        sealed = RowSet((s.first_row, s.rows) for (point, _), s in record.sealed.items() if point == entry.point)
+        done[entry.point] = union([kept, sealed, record.rows.get(entry.point, RowSet())])
+    return record, done
+
+
+def to_seal(path: Path, target: Manifest) -> tuple[Record, list[Shard]]:
+    """The journal, and the shards that are to be sealed; called after every rank has closed its writer.
+
+    Raises:
+        CoverageError: rows are missing or were written twice.
+    """
+    with naming_store(path, JOURNAL):
+        record, done = progress(path, target)
+    twice = ", ".join(map(str, record.twice))
+    if twice:
+        raise CoverageError(f"not every row was written exactly once: some rows of {twice} were written twice")
+    lacking = {point: rows.complement(0, target.rows) for point, rows in done.items()}
+    for point, rows in lacking.items():
+        if len(rows):
+            first, length = rows.ranges[0]
+            rule = f"{len(rows)} rows of {point} were not written, the first {first} to {first + length - 1}"
+            raise CoverageError(f"not every row was written exactly once: {rule}")
+    return record, [shard for shard in target.missing() if shard not in record.sealed]
+
+
+def seal_shards(
+    path: Path, target: Manifest, shards: Iterable[Shard], errors: Mapping[Shard, StoredError], *, rank: int
+) -> None:
+    """Finishes some shards, this rank's share of those that ``to_seal`` has named.
+
+    Args:
+        errors: what storing the rows of each shard cost.
+    """
+    with (
+        naming_store(path, JOURNAL),
+        rank_lock(path, target.producers),
+        closing(JournalWriter(path, rank)) as written,
+    ):
+        for shard in shards:
+            written.sealed(shard, seal(path, target, shard, errors.get(shard)))
+
+
+def finish(path: Path, target: Manifest) -> Manifest:
+    """Makes the folder a store, or the store a larger one; returns its manifest. Called while ``locked``.
+
+    Raises:
+        CoverageError: a shard is not sealed; nothing is claimed.
         StoreError: no space is left for the manifest.
     """
-    _check_coverage(manifest, written)
-    points = tuple(_finish_point(path, manifest, entry) for entry in manifest.hook_points)
-    finished = replace(manifest, hook_points=points)
+    with naming_store(path, JOURNAL):
+        sealed = journal.read(path).sealed
+    points = tuple(
+        replace(
+            entry,
+            shards=tuple(shard or sealed.get((entry.point, number)) for number, shard in enumerate(entry.shards)),
+        )
+        for entry in target.hook_points
+    )
+    finished = replace(target, hook_points=points)
+    missing = next(finished.missing(), None)
+    if missing is not None:
+        raise CoverageError(f"shard {missing[1]} of {missing[0]} is not there")
     text = finished.to_json()
     Manifest.from_json(text, str(path / MANIFEST))  # what could not be read back is not written
     sync_folder(path)
     write_durably(path / MANIFEST, text)
-    (path / MARKER).unlink()
+    remove([path / MARKER])
     sync_folder(path)
     return finished
 
 
-def discard(path: Path) -> None:
-    """Deletes an unfinished store, and its folder if ``begin`` made that; does nothing where there is none.
-
-    Only files of ours go: what else has come into the folder stays, and the folder with it.
+def discard(path: Path) -> bool:
+    """Ends a job of which nothing is durable yet, and leaves what was there before it; says whether it did. Called
+    while ``locked``.
 
     Raises:
-        StoreError: the store is finished.
+        StoreError: the folder cannot be written any more.
     """
-    if not path.is_dir():
-        return
-    contents = survey(path)
-    if contents.finished:
-        raise StoreError("store.path", "must be an unfinished store to be discarded", str(path))
-    if contents.marker is None:
-        return
-    _clear(path, contents)
-    remove([path / MARKER])
-    sync_folder(path)
-    if contents.marker.get("made_folder") and not path.is_symlink():
-        remove_if_empty(path)
+    if not (path / MARKER).exists():
+        return False
+    record = journal.read(path)
+    if record.sealed or any(map(len, record.rows.values())):
+        return False
+    kept = set()
+    if (path / MANIFEST).exists():
+        manifest = Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST))
+        kept = {MANIFEST, *(file.file for file in manifest.files())}
+    with _naming_path(path):
+        _clear(path, kept)
+        remove([path / MARKER])
+        sync_folder(path)
+    return True
 
 
-def _check_contents(path: Path, contents: Contents, *, overwrite: bool) -> None:
-    if contents.foreign:
-        stranger = contents.foreign[0]
-        rule = f"must be a new folder, an empty one or a store; this one holds `{stranger}`, which is part of none"
+def _write_marker(path: Path, target: Manifest) -> None:
+    marker = {
+        "format": MARKER_FORMAT,
+        "version": _MARKER_VERSION,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "target": target.as_dict(),
+    }
+    write_durably(path / MARKER, to_json(marker))
+
+
+def _read_marker(path: Path) -> Manifest:
+    name = str(path / MARKER)
+    fields = Fields(load_json(read_inside(path, MARKER), name), file=name)
+    version = fields.integer("version")
+    if version != _MARKER_VERSION:
+        rule = f"must be {_MARKER_VERSION}, which this release of nemo_qwen_hidden goes on with"
+        raise fields.error("version", rule, version)
+    if "merge" in fields:
+        rule = "must be a store that a job goes on with; an unfinished merge is there, and the same merge does it again"
         raise StoreError("store.path", rule, str(path))
-    if contents.finished and not overwrite:
-        raise StoreError("store.overwrite", f"must be true to replace the finished store at {path}", overwrite)
-    if contents.marker is not None and not overwrite:
-        rule = f"must be true to start again the unfinished store at {path} ({contents.begun})"
-        raise StoreError("store.overwrite", rule, overwrite)
+    return Manifest.parse(fields.nested("target"))
+
+
+def _settle(path: Path, target: Manifest, shard: Shard, *, claimed: bool, sealed: bool) -> bool:
+    """Whether what the journal says of a shard can be true; gives it the name that it should have. A file of which the
+    journal says nothing is a shard that was dropped: it goes, and is not written to, for another store may share it."""
+    final = path / str(shard[0]) / shard_name(shard[1])
+    partial = final.with_name(final.name + PARTIAL)
+    size = header_of(shard, target)[1].size_bytes
+    if sealed and final.is_file() and final.stat().st_size == size:
+        return True
+    if final.is_file():
+        if claimed:
+            os.rename(final, partial)
+        else:
+            final.unlink()
+        sync_folder(final.parent)
+    return not sealed and partial.is_file() and partial.stat().st_size == size
+
+
+def _drop_false_manifest(path: Path, target: Manifest) -> None:
+    """Deletes a manifest that claims shards which ``target`` says are missing: they are about to be rewritten."""
+    if not (path / MANIFEST).exists():
+        return
+    claimed = {file.file for file in Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST)).files()}
+    if any(f"{point}/{shard_name(number)}" in claimed for point, number in target.missing()):
+        remove([path / MANIFEST])
+        sync_folder(path)
+
+
+def _put_files(path: Path, target: Manifest, files: Mapping[str, bytes], staged: Path | None) -> None:
+    for name, contents in files.items():
+        listed = {file.file: file.sha256 for file in target.files()}[name]
+        digest = hashlib.sha256(contents).hexdigest()
+        if digest != listed:
+            raise StoreError("model.path", f"must give {name} the content that it had (sha256 {listed})", digest)
+        if not (path / name).is_file() or (path / name).read_bytes() != contents:
+            write_durably(path / name, contents)
+    if staged is None:
+        return
+    (path / TOKENS).mkdir(exist_ok=True)
+    for file in (file for part in target.parts for file in (part.tokens, part.lines)):
+        ready, place = staged / file.file, path / file.file
+        if ready.exists() and not (place.is_file() and _sha256(place) == file.sha256):
+            digest = _sha256(ready)
+            if digest != file.sha256:
+                rule = (
+                    f"must give {file.file} the content that it had (sha256 {file.sha256}); it is missing in the store"
+                )
+                raise StoreError("data.path", rule, f"sha256 {digest}")
+            os.replace(ready, place)
+    sync_folder(path / TOKENS)
+    sync_folder(path)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -192,47 +391,35 @@ def _nearest_existing(path: Path) -> Path:
     return path if existing == path.absolute() else existing
 
 
-def _clear(path: Path, contents: Contents) -> None:
-    """Deletes what is ours, but for the marker: the manifest first, so that nothing is claimed of what is going."""
-    remove([path / MANIFEST])
-    sync_folder(path)
-    remove(file for file in contents.files if file != path / MARKER)
+def _names(target: Manifest) -> set[str]:
+    """Files that may lie in a folder that is to become ``target``, but for the journal's."""
+    missing = [f"{point}/{shard_name(number)}" for point, number in target.missing()]
+    return {MANIFEST, *(file.file for file in target.files()), *missing, *(name + PARTIAL for name in missing)}
+
+
+def _clear(path: Path, kept: set[str]) -> None:
+    """Deletes durably what is ours, but for the marker, locks, and ``kept``."""
+    contents = survey(path)
+    staying = {path / name for name in kept} | {path / MARKER}
+    locks = (path / JOURNAL / JOB_LOCK, path / JOURNAL / RANKS_LOCK)
+    remove(file for file in contents.files if file not in staying and file not in locks)
     for folder in contents.folders:
         remove_if_empty(folder)
+        if folder.exists():
+            sync_folder(folder)
 
 
-def _check_coverage(manifest: Manifest, written: Written) -> None:
-    grid = manifest.grid
-    expected = {
-        (entry.point, shard): len(grid.rows_of(shard)) for entry in manifest.hook_points for shard in range(grid.shards)
-    }
-    wrong = [key for key in {**expected, **written} if expected.get(key, 0) != written.get(key, 0)]
-    if wrong:
-        shown = "; ".join(
-            f"{point}, shard {shard}: {written.get((point, shard), 0)} of {expected.get((point, shard), 0)} rows"
-            for point, shard in wrong[:5]
-        )
-        more = f"; and {len(wrong) - 5} more shards" if len(wrong) > 5 else ""
-        raise CoverageError(f"not every row was written exactly once: {shown}{more}")
+def _tidy(path: Path) -> None:
+    """Takes the journal away where no job is unfinished. Who waits for a lock in it finds it gone and makes another, or
+    makes one in it at this very moment and keeps it."""
+    if not (path / MARKER).exists() and (path / JOURNAL).is_dir():
+        shutil.rmtree(path / JOURNAL, ignore_errors=True)
 
 
-def _finish_point(path: Path, manifest: Manifest, entry: HookPointEntry) -> HookPointEntry:
-    """Gives the shards of one hook point their final names; their bytes are durable already."""
-    folder, grid, shards = path / str(entry.point), manifest.grid, []
-    for shard in range(grid.shards):
-        rows = grid.rows_of(shard)
-        start, header = shard_header(
-            entry.point, rows, hidden_size=manifest.hidden_size, dtype=DTYPES[manifest.stored_dtype]
-        )
-        partial, final = folder / (shard_name(shard) + PARTIAL), folder / shard_name(shard)
-        with open(partial, "rb") as file:
-            if file.read(len(start)) != start or os.fstat(file.fileno()).st_size != header.size_bytes:
-                raise CoverageError(f"{partial} was changed by something else while it was written")
-        os.rename(partial, final)
-        name = str(final.relative_to(path))
-        shards.append(ShardEntry(file=name, first_row=rows.start, rows=len(rows), bytes=header.size_bytes))
-    sync_folder(folder)
-    return replace(entry, shards=tuple(shards))
+def _remove_unused(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            remove_if_empty(folder)
 
 
 @contextmanager
@@ -242,5 +429,7 @@ def _naming_path(path: Path) -> Iterator[None]:
         with naming_full_disk(path, MARKER):
             yield
     except OSError as error:
+        if isinstance(error, StoreError):
+            raise
         rule = f"must be a folder that can be made and written ({error.strerror})"
         raise StoreError("store.path", rule, str(path)) from error

@@ -1,19 +1,15 @@
 """Stored dtypes as torch has them. Legend: n rows of one call, H hidden."""
 
-from typing import Any
-
 import torch
-from numpy.typing import NDArray
 
 from nemo_qwen_hidden.store.format import Dtype
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BITS = {"fp32": torch.float32, "bf16": torch.int16, "fp16": torch.float16}  # what numpy can hold
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
-def to_stored(values_nH: torch.Tensor, dtype: Dtype) -> torch.Tensor:
-    """[n, H] in the stored dtype, contiguous; a copy only where something changes."""
-    return values_nH.detach().to(TORCH_DTYPES[dtype.name]).contiguous()
+def read_dtype(dtype: Dtype) -> torch.dtype:
+    """What values of a stored dtype are read as: float32 where rows have a scale, else the same."""
+    return torch.float32 if dtype.scaled else TORCH_DTYPES[dtype.name]
 
 
 def first_not_finite(values_nH: torch.Tensor) -> int | None:
@@ -36,9 +32,3 @@ def first_overflow(values_nH: torch.Tensor, stored_nH: torch.Tensor) -> int | No
 def row_bytes(stored_nH: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor of at least one element, without a copy."""
     return stored_nH.view(torch.uint8).numpy().data.cast("B")
-
-
-def empty(shape: tuple[int, ...], dtype: Dtype) -> tuple[torch.Tensor, NDArray[Any]]:
-    """An uninitialised tensor, and the same memory as an array in ``dtype.container``."""
-    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype.name])
-    return tensor, tensor.view(_BITS[dtype.name]).numpy()

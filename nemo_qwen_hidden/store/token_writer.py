@@ -1,5 +1,6 @@
 """Writes a token table document by document, in memory that does not grow with them."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.entries import TokenPart
+from nemo_qwen_hidden.store.entries import FileEntry, Part
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder
 from nemo_qwen_hidden.store.format import TEMPORARY, TOKENS
 from nemo_qwen_hidden.store.header import TensorSpec, build_header
-from nemo_qwen_hidden.store.tokens import COLUMNS, DOCUMENTS_FILE, FILE, FIRST_ROW
+from nemo_qwen_hidden.store.tokens import COLUMNS, FIRST_ROW, lines_name, table_name
 
 _BUFFER_BYTES = 1 << 20
 _MOST_DOCUMENTS = 2**31 - 1
@@ -26,20 +27,23 @@ _MOST_DOCUMENTS = 2**31 - 1
 class TokenTableWriter:
     """Takes documents one by one; ``close`` puts the table into the store at ``folder``. Called by one rank.
 
+    Args:
+        shard_rows: rows of one shard of this part. part: its number; it is numbered from row 0 in any case.
+
     How many rows there will be is not known until the end, so columns grow in temporary files beside the table. A
     context manager: it closes, or takes its temporary files away where the block raised.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, shard_rows: int, part: int = 0) -> None:
+        self._folder, self._shard_rows = folder, shard_rows
+        self._table, self._lines = table_name(part), lines_name(part)
         (folder / TOKENS).mkdir(exist_ok=True)
-        prefix = FILE.removesuffix("safetensors")
+        prefix = self._table.removesuffix("safetensors")
         self._paths = {name: folder / f"{prefix}{name}{TEMPORARY}" for name in (*COLUMNS, FIRST_ROW)}
-        self._paths[DOCUMENTS_FILE] = folder / (DOCUMENTS_FILE + TEMPORARY)
-        self._paths[FILE] = folder / (FILE + TEMPORARY)
+        self._paths |= {name: folder / (name + TEMPORARY) for name in (self._lines, self._table)}
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = 0
-        self._part: TokenPart | None = None
+        self._part: Part | None = None
         with ExitStack() as stack:
             for name, path in self._paths.items():
                 stack.callback(path.unlink, missing_ok=True)
@@ -63,17 +67,17 @@ class TokenTableWriter:
         if self._documents == _MOST_DOCUMENTS:
             raise StoreError("data.path", f"must hold at most {_MOST_DOCUMENTS} documents", self._documents + 1)
         count = len(token_ids)
-        line = json.dumps({"id": document_id, "source": source, "rows": count}) + "\n"
+        line = json.dumps({"id": document_id, "source": source, "rows": count, "sha256": _sha256(token_ids)}) + "\n"
         with self._all_or_nothing():
             self._write("token_id", token_ids)
             self._write("document", np.full(count, self._documents, np.int32))
             self._write("position", np.arange(count, dtype=np.int32))
             self._write(FIRST_ROW, np.array([self._rows], np.int64))
-            self._files[DOCUMENTS_FILE].write(line.encode())
+            self._files[self._lines].write(line.encode())
         self._rows += count
         self._documents += 1
 
-    def close(self) -> TokenPart:
+    def close(self) -> Part:
         """Makes the table durable and says what it is; a second call says it again.
 
         Raises:
@@ -99,12 +103,12 @@ class TokenTableWriter:
     def _write(self, column: str, values: NDArray[np.int32] | NDArray[np.int64]) -> None:
         self._files[column].write(np.ascontiguousarray(values).data)
 
-    def _assemble(self) -> TokenPart:
+    def _assemble(self) -> Part:
         self._write(FIRST_ROW, np.array([self._rows], np.int64))
         tensors = {FIRST_ROW: TensorSpec(dtype="I64", shape=(self._documents + 1,))}  # first: keeps it aligned to 8
         tensors |= {name: TensorSpec(dtype="I32", shape=(self._rows,)) for name in COLUMNS}
-        start, header = build_header(tensors, {"first_row": "0", "first_document": "0"})
-        table, lines = self._files[FILE], self._files[DOCUMENTS_FILE]
+        start, _ = build_header(tensors, {})
+        table, lines = self._files[self._table], self._files[self._lines]
         table.write(start)
         for name in tensors:
             self._files[name].seek(0)
@@ -112,18 +116,24 @@ class TokenTableWriter:
         for file in (table, lines):
             file.flush()
             os.fsync(file.fileno())
-        for name in (DOCUMENTS_FILE, FILE):
+        entries = {name: self._entry(name) for name in (self._table, self._lines)}
+        for name in entries:
             os.replace(self._paths[name], self._folder / name)
         sync_folder(self._folder / TOKENS)
-        return TokenPart(
-            file=FILE,
-            documents_file=DOCUMENTS_FILE,
+        return Part(
             first_row=0,
             rows=self._rows,
             first_document=0,
             documents=self._documents,
-            bytes=header.size_bytes + lines.tell(),
+            shard_rows=self._shard_rows,
+            tokens=entries[self._table],
+            lines=entries[self._lines],
         )
+
+    def _entry(self, name: str) -> FileEntry:
+        with open(self._paths[name], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return FileEntry(file=name, bytes=file.tell(), sha256=digest)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -139,3 +149,7 @@ class TokenTableWriter:
         """Closes and deletes the temporary files while another error is on its way up."""
         with suppress(OSError):  # a disk that was full is full again, over bytes that go anyway
             self._temporaries.close()
+
+
+def _sha256(token_ids: NDArray[np.int32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(token_ids, "<i4").data).hexdigest()

@@ -1,6 +1,9 @@
-"""The token table: for each row its token, document and position; for each document its id, source and rows."""
+"""The token tables: for each row its token, document and position; for each document its id, source and rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +11,58 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.entries import TokenPart
+from nemo_qwen_hidden.store.columns import JoinedColumn
+from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.format import TOKENS
-from nemo_qwen_hidden.store.maps import map_bytes, map_tensors
+from nemo_qwen_hidden.store.source import Column, Folder, Source
 
-FILE = f"{TOKENS}/000000.safetensors"
-DOCUMENTS_FILE = f"{TOKENS}/000000.documents.jsonl"
+TOKEN_BYTES = 12  # of each row
 COLUMNS = ("token_id", "document", "position")
 FIRST_ROW = "document_first_row"
 _SCAN_BYTES = 1 << 22
+_INT32: np.dtype[Any] = np.dtype(np.int32)
+
+
+def table_name(part: int) -> str:
+    """File of the token table of part number ``part``."""
+    return f"{TOKENS}/{part:06d}.safetensors"
+
+
+def lines_name(part: int) -> str:
+    """File with a line for each document of part number ``part``."""
+    return f"{TOKENS}/{part:06d}.documents.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentInfo:
-    """id: as the data gave it. source: the file it came from. rows: number of its tokens."""
+    """id: as the data gave it. source: the file it came from. rows: number of its tokens. sha256: of its token ids
+    as little-endian int32."""
 
     id: str
     source: str
     rows: int
+    sha256: str
 
 
-class TokenTable:
-    """Reads a token table, finished or not the store around it; columns are memory maps.
+class PartTokens:
+    """Reads the token table of one part, finished or not the store around it; columns are memory maps where the store
+    is a folder. Rows and documents are counted from 0 in the part.
 
     Args:
-        folder: the store's folder.
-        part: what the manifest says of the table, checked against the files; None while there is no manifest.
+        source: the store's files, or its folder.
+        part: what the manifest says of the table, checked against the files.
 
     Raises:
         StoreError: a file is missing or not what it should be; names it.
     """
 
-    def __init__(self, folder: Path, part: TokenPart | None = None) -> None:
-        self._folder = folder
-        self._file = FILE if part is None else part.file
-        self._documents_file = DOCUMENTS_FILE if part is None else part.documents_file
-        _, self._arrays = map_tensors(folder, self._file)
-        self._check(part)
-        self._lines: NDArray[np.uint8] | None = None
-        self._line_starts: NDArray[np.int64] = np.zeros(0, np.int64)
+    def __init__(self, source: Source | Path, part: Part) -> None:
+        self._source = _source(source)
+        self._file, self._documents_file = part.tokens.file, part.lines.file
+        self._lines_bytes = part.lines.bytes
+        header, self._columns = self._source.tensors(self._file)
+        self._check(part, header.size_bytes)
 
     @property
     def rows(self) -> int:
@@ -57,35 +72,31 @@ class TokenTable:
     @property
     def documents(self) -> int:
         """D."""
-        return len(self.document_first_row) - 1
+        return len(self._columns[FIRST_ROW]) - 1
 
     @property
-    def token_id(self) -> NDArray[np.int32]:
-        """[N rows], the token of each row."""
-        return self._arrays["token_id"]
+    def token_id(self) -> Column:
+        """int32 [N rows], the token of each row."""
+        return self._columns["token_id"]
 
     @property
-    def document(self) -> NDArray[np.int32]:
-        """[N rows], the document of each row."""
-        return self._arrays["document"]
+    def document(self) -> Column:
+        """int32 [N rows], the document of each row."""
+        return self._columns["document"]
 
     @property
-    def position(self) -> NDArray[np.int32]:
-        """[N rows], the place of each row in its document, from 0."""
-        return self._arrays["position"]
+    def position(self) -> Column:
+        """int32 [N rows], the place of each row in its document, from 0."""
+        return self._columns["position"]
 
-    @property
+    @cached_property
     def document_first_row(self) -> NDArray[np.int64]:
         """[D + 1 documents], the first row of each; the last entry is N."""
-        return self._arrays[FIRST_ROW]
+        return np.asarray(self._columns[FIRST_ROW])
 
     def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start documents], the number of tokens of documents ``start`` to ``stop``, cut at D."""
         return np.diff(self.document_first_row[start : stop + 1])
-
-    def first_row(self, document: int) -> int:
-        """The first row of ``document``; IndexError where there is none of that number."""
-        return self.document_rows(document).start
 
     def document_rows(self, document: int) -> range:
         """The rows of ``document``; IndexError where there is none of that number."""
@@ -94,7 +105,7 @@ class TokenTable:
         first, stop = (int(row) for row in self.document_first_row[document : document + 2])
         if not 0 <= first <= stop <= self.rows:
             rule = f"must ascend from 0 to {self.rows}"
-            raise StoreError(f"{self._folder / self._file}: {FIRST_ROW}[{document}]", rule, (first, stop))
+            raise StoreError(f"{self._source.name(self._file)}: {FIRST_ROW}[{document}]", rule, (first, stop))
         return range(first, stop)
 
     def document_info(self, document: int) -> DocumentInfo:
@@ -105,39 +116,136 @@ class TokenTable:
             StoreError: the line is not what it should be.
         """
         rows = self.document_rows(document)
-        if self._lines is None:
-            self._lines = self._map_lines()
-        start, stop = self._line_starts[document : document + 2]
-        name = f"{self._folder / self._documents_file}: line {document + 1}"
-        fields = Fields(load_json(self._lines[start:stop].tobytes(), name), file=name)
-        info = DocumentInfo(id=fields.text("id"), source=fields.text("source"), rows=fields.integer("rows"))
+        lines, starts = self._lines
+        start, stop = starts[document : document + 2]
+        name = f"{self._source.name(self._documents_file)}: line {document + 1}"
+        fields = Fields(load_json(lines[start:stop].tobytes(), name), file=name)
+        info = DocumentInfo(
+            id=fields.text("id"),
+            source=fields.text("source"),
+            rows=fields.integer("rows"),
+            sha256=fields.text("sha256"),
+        )
         if info.rows != len(rows):
             raise fields.error("rows", f"must be {len(rows)}, as {self._file} says", info.rows)
         return info
 
-    def _map_lines(self) -> NDArray[np.uint8]:
-        lines = map_bytes(self._folder, self._documents_file)
+    @cached_property
+    def _lines(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The bytes of the lines, and where each starts."""
+        lines = self._source.lines(self._documents_file)
+        file = self._source.name(self._documents_file)
+        if len(lines) != self._lines_bytes:
+            raise StoreError(file, f"must be {self._lines_bytes} bytes long, as the manifest says", len(lines))
         starts = [np.zeros(1, np.int64)]
         for offset in range(0, len(lines), _SCAN_BYTES):
             block = lines[offset : offset + _SCAN_BYTES]
             starts.append(np.flatnonzero(block == ord("\n")) + (offset + 1))
-        self._line_starts = np.concatenate(starts)
-        if len(self._line_starts) != self.documents + 1 or self._line_starts[-1] != len(lines):
-            rule = f"must hold {self.documents} whole lines, one a document"
-            raise StoreError(str(self._folder / self._documents_file), rule, len(self._line_starts) - 1)
-        return lines
+        line_starts = np.concatenate(starts)
+        if len(line_starts) != self.documents + 1 or line_starts[-1] != len(lines):
+            raise StoreError(file, f"must hold {self.documents} whole lines, one a document", len(line_starts) - 1)
+        return lines, line_starts
 
-    def _check(self, part: TokenPart | None) -> None:
-        file = str(self._folder / self._file)
-        layout = {name: (str(array.dtype), array.ndim) for name, array in self._arrays.items()}
+    def _check(self, part: Part, size_bytes: int) -> None:
+        file = self._source.name(self._file)
+        layout = {name: (str(column.dtype), column.ndim) for name, column in self._columns.items()}
         expected: dict[str, Any] = {**{name: ("int32", 1) for name in COLUMNS}, FIRST_ROW: ("int64", 1)}
         if layout != expected:
             raise StoreError(file, f"must hold the columns {expected}", layout)
-        if any(len(self._arrays[name]) != self.rows for name in COLUMNS) or not len(self.document_first_row):
-            raise StoreError(file, "must hold columns of one length", {k: len(v) for k, v in self._arrays.items()})
+        if any(len(self._columns[name]) != self.rows for name in COLUMNS) or self.documents < 0:
+            raise StoreError(file, "must hold columns of one length", {k: len(v) for k, v in self._columns.items()})
+        if (part.rows, part.documents) != (self.rows, self.documents):
+            rule = f"must hold {part.rows} rows of {part.documents} documents, as the manifest says"
+            raise StoreError(file, rule, (self.rows, self.documents))
+        if part.tokens.bytes != size_bytes:
+            raise StoreError(file, f"must be {part.tokens.bytes} bytes long, as the manifest says", size_bytes)
         ends = (int(self.document_first_row[0]), int(self.document_first_row[-1]))
         if ends != (0, self.rows):
             raise StoreError(f"{file}: {FIRST_ROW}", f"must go from 0 to {self.rows}", ends)
-        if part is not None and (part.rows, part.documents) != (self.rows, self.documents):
-            rule = f"must hold {part.rows} rows of {part.documents} documents, as the manifest says"
-            raise StoreError(file, rule, (self.rows, self.documents))
+
+
+class TokenTable:
+    """The token tables of all parts as one: rows and documents are counted through. A table is opened, and checked,
+    when something of it is asked for.
+
+    Args:
+        source: the store's files, or its folder. parts: as the manifest has them.
+
+    Raises (on use):
+        StoreError: a file is missing or not what it should be; names it.
+    """
+
+    def __init__(self, source: Source | Path, parts: Sequence[Part]) -> None:
+        self._source, self._parts = _source(source), tuple(parts)
+        self._opened: dict[int, PartTokens] = {}
+        self._first_rows = [0, *accumulate(part.rows for part in self._parts)]
+        self._first_documents = [0, *accumulate(part.documents for part in self._parts)]
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self._first_rows[-1]
+
+    @property
+    def documents(self) -> int:
+        """D."""
+        return self._first_documents[-1]
+
+    @property
+    def token_id(self) -> Column:
+        """int32 [N rows], the token of each row."""
+        return self._column("token_id")
+
+    @property
+    def document(self) -> Column:
+        """int32 [N rows], the document of each row; int64 where D needs it."""
+        wide = self.documents > np.iinfo(np.int32).max
+        return self._column("document", self._first_documents[:-1], np.dtype(np.int64 if wide else np.int32))
+
+    @property
+    def position(self) -> Column:
+        """int32 [N rows], the place of each row in its document, from 0."""
+        return self._column("position")
+
+    def part(self, index: int) -> PartTokens:
+        """The token table of one part."""
+        if index not in self._opened:
+            self._opened[index] = PartTokens(self._source, self._parts[index])
+        return self._opened[index]
+
+    def document_rows(self, document: int) -> range:
+        """The rows of ``document``; IndexError where there is none of that number."""
+        part, inside = self._part_of(document)
+        rows, first_row = self.part(part).document_rows(inside), self._first_rows[part]
+        return range(first_row + rows.start, first_row + rows.stop)
+
+    def document_info(self, document: int) -> DocumentInfo:
+        """Id and source of ``document``; the first call in a part scans a file for line ends.
+
+        Raises:
+            IndexError: there is none of that number.
+            StoreError: the line is not what it should be.
+        """
+        part, inside = self._part_of(document)
+        return self.part(part).document_info(inside)
+
+    def _part_of(self, document: int) -> tuple[int, int]:
+        """The part of a document, and its number there."""
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} is not one of {self.documents}")
+        part = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        return part, document - self._first_documents[part]
+
+    def _column(self, name: str, added: Sequence[int] = (), dtype: np.dtype[Any] = _INT32) -> Column:
+        if len(self._parts) == 1:
+            return self._column_of(0, name)
+        columns = [partial(self._column_of, part, name) for part in range(len(self._parts))]
+        return JoinedColumn(columns, self._first_rows, added=added, dtype=dtype)
+
+    def _column_of(self, part: int, name: str) -> Column:
+        column: Column = getattr(self.part(part), name)
+        return column
+
+
+def _source(given: Source | Path) -> Source:
+    return Folder(given) if isinstance(given, Path) else given

@@ -1,26 +1,41 @@
 """Writes rows of hidden states to their places. Every rank has a writer of its own on the same folder.
 
 A header depends on sizes alone, so a shard's length and the offset of each of its rows are known before any data:
-whoever comes first makes the file, everyone writes where its rows belong, and nobody waits.
+whoever comes first makes the file, everyone writes where its rows belong, and nobody waits. The disk is a thread's
+business, behind a queue of bounded size; what it has made durable goes into the journal.
 """
 
 import os
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from nemo_qwen_hidden.errors import StoreError
+from nemo_qwen_hidden.errors import CoverageError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.files import naming_full_disk, write_all
-from nemo_qwen_hidden.store.format import DTYPES, PARTIAL, ShardGrid, shard_name
-from nemo_qwen_hidden.store.shard import shard_header
-from nemo_qwen_hidden.store.tensors import first_not_finite, first_overflow, row_bytes, to_stored
+from nemo_qwen_hidden.plan.rowset import RowSet
+from nemo_qwen_hidden.store.encode import Encoded, encode
+from nemo_qwen_hidden.store.files import naming_store, write_all
+from nemo_qwen_hidden.store.format import JOURNAL, PARTIAL, Shard, shard_name
+from nemo_qwen_hidden.store.header import Header
+from nemo_qwen_hidden.store.journal import JournalWriter
+from nemo_qwen_hidden.store.locks import rank_lock
+from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.shard import DIVISOR, SCALE, header_of
+from nemo_qwen_hidden.store.statistics import StoredError
+from nemo_qwen_hidden.store.tensors import row_bytes
 
-Shard = tuple[HookPoint, int]  # and its number
+QUEUE_BYTES = 256 * 2**20
+COMMIT_SECS = 10.0
 
 
 class RowRun(Protocol):
@@ -33,13 +48,38 @@ class RowRun(Protocol):
     def length(self) -> int: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive rows of a call that are to be written; the first is at ``index`` of its values."""
+
+    first_row: int
+    length: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one call hands to the disk thread."""
+
+    point: HookPoint
+    pieces: tuple[Piece, ...]
+    encoded: Encoded
+    divisor: torch.Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        return self.encoded.values.nbytes
+
+
 class ShardWriter:
-    """Writes rows of ``hook_points``, those that this rank can see, to shards under temporary names.
+    """Writes rows of the hook points that this rank can see to shards under temporary names.
 
     Args:
-        folder: the store's folder, begun by ``session.begin``.
-        rows, hidden_size, dtype, shard_rows: of the whole store; the same on every rank. ``dtype`` is the stored
-            one: ``fp32``, ``bf16`` or ``fp16``.
+        folder: the store's folder, begun by ``session``. target: what it will be; the same on every rank.
+        rank: of this process. done: rows that are there already; they are passed over.
+        nonfinite: ``refuse`` or ``keep`` infinite values and NaN. commit_secs: after this time what was written is made
+            durable, so that a crash costs at most the work of that long. queue_bytes: of rows that wait for the disk;
+            ``write`` blocks beyond it. progressed: called whenever the disk has taken something.
         max_open_files: shards kept open at once.
 
     A context manager: it closes, or only lets go of its files where the block raised.
@@ -48,82 +88,72 @@ class ShardWriter:
     def __init__(
         self,
         folder: Path,
+        target: Manifest,
         *,
-        hook_points: Iterable[HookPoint],
-        rows: int,
-        hidden_size: int,
-        dtype: str,
-        shard_rows: int,
+        rank: int,
+        done: Mapping[HookPoint, RowSet] | None = None,
+        nonfinite: str = "refuse",
+        commit_secs: float = COMMIT_SECS,
+        queue_bytes: int = QUEUE_BYTES,
+        progressed: Callable[[], None] = lambda: None,
         max_open_files: int = 64,
     ) -> None:
-        self._folder = folder
-        self._points = frozenset(hook_points)
-        self._grid = ShardGrid(rows=rows, shard_rows=shard_rows)
-        self._hidden_size, self._dtype = hidden_size, DTYPES[dtype]
-        self._max_open_files = max_open_files
-        self._open: OrderedDict[Shard, int] = OrderedDict()  # descriptors, least recently used first
-        self._offsets: dict[Shard, int] = {}  # byte of the first row, of each shard that we write to
-        self._written: Counter[Shard] = Counter()
-        self._closed = False
-        for point in self._points:
-            (folder / str(point)).mkdir(exist_ok=True)
+        self._target, self._nonfinite = target, nonfinite
+        self._missing = {
+            entry.point: RowSet([(0, target.rows)]) - (done or {}).get(entry.point, RowSet())
+            for entry in target.hook_points
+        }
+        with ExitStack() as stack, naming_store(folder, JOURNAL):
+            stack.enter_context(rank_lock(folder, target.producers))
+            journal = JournalWriter(folder, rank)
+            stack.callback(journal.close)
+            files = _ShardFiles(folder, target, max_open_files)
+            stack.callback(files.close)
+            self._disk = _DiskThread(files, journal, commit_secs, queue_bytes, progressed)
+            self._resources = stack.pop_all()
 
-    @property
-    def written(self) -> dict[Shard, int]:
-        """Rows written of each shard, by hook point and shard number; a row written twice counts twice."""
-        return dict(self._written)
-
-    def write(self, hook_point: HookPoint, runs: Sequence[RowRun], values_nH: torch.Tensor) -> None:
-        """Writes the rows of ``runs``, which ``values_nH`` holds in that order.
+    def write(
+        self,
+        hook_point: HookPoint,
+        runs: Sequence[RowRun],
+        values_nH: torch.Tensor,
+        divisor_n: torch.Tensor | None = None,
+    ) -> None:
+        """Takes the rows of ``runs``, which ``values_nH`` holds in that order; they are on disk after ``close``.
 
         Args:
-            values_nH: [n rows, H hidden], any float dtype, on the CPU; cast to the stored dtype here.
+            values_nH: [n rows, H hidden], any float dtype, on the CPU; cast to the stored dtype here. Not to be changed
+                afterwards.
+            divisor_n: fp32 [n rows], what the final norm divided each row by; of hook points whose entry has it alone.
 
         Raises:
-            StoreError: a value is not finite, or too large for the stored dtype (nothing of this call is written), or
-                no space is left (what was written of this call is not counted in full).
+            StoreError: a value is not finite, or too large for the stored dtype (nothing of this call is written); or
+                what the disk thread met since the last call, such as a full disk.
             ValueError: rows outside the store, or values of another shape, device or kind than said above.
         """
         self._check(hook_point, runs, values_nH)
-        if not len(values_nH):
-            return
-        broken = first_not_finite(values_nH)
-        if broken is not None:
-            where = f"{hook_point} has none in row {_row_at(runs, broken)}"
-            rule = f"must give finite values; {where} (fp16 ends at 65504)"
-            raise StoreError("precision.compute", rule, str(values_nH.dtype).removeprefix("torch."))
-        stored = to_stored(values_nH, self._dtype)
-        overflow = first_overflow(values_nH, stored)
-        if overflow is not None:
-            largest = float(values_nH[overflow].abs().nan_to_num(posinf=0.0).max())
-            row = _row_at(runs, overflow)
-            most = torch.finfo(stored.dtype).max
-            rule = f"must hold every value, and at most {most:g} fits; {hook_point} has {largest:g} in row {row}"
-            raise StoreError("precision.stored", rule, self._dtype.name)
-        data, row_size = row_bytes(stored), self._hidden_size * self._dtype.bytes
-        done = 0
-        with naming_full_disk(self._folder, str(hook_point)):
-            for first_row, length in _merged(runs):
-                for number, row, size in self._grid.pieces(first_row, length):
-                    self._put((hook_point, number), row, data[done * row_size : (done + size) * row_size])
-                    self._written[hook_point, number] += size
-                    done += size
+        if (divisor_n is not None) != self._target.entry(hook_point).divisor:
+            raise ValueError(
+                f"{hook_point} must come with a divisor where its entry in the manifest has it, and only then"
+            )
+        pieces = tuple(self._pieces(hook_point, runs))
+        if pieces:
+            dtype = self._target.dtype
+            name = str(hook_point)
+            encoded = encode(
+                values_nH, dtype, nonfinite=self._nonfinite, row_at=lambda index: f"{name} row {_row_at(runs, index)}"
+            )
+            self._disk.put(Batch(point=hook_point, pieces=pieces, encoded=encoded, divisor=divisor_n))
 
     def close(self) -> None:
-        """Returns when everything written is durable; a second call does nothing.
+        """Returns when everything written is durable and in the journal; a second call does nothing.
 
         Raises:
-            StoreError: no space is left.
+            StoreError: no space is left, or the store has vanished.
             OSError: whatever else the disk reports.
         """
-        if self._closed:
-            return
-        try:
-            for shard in self._offsets:
-                with naming_full_disk(self._folder, str(shard[0])):
-                    os.fsync(self._descriptor(shard))
-        finally:
-            self._let_go()
+        with self._resources:
+            self._disk.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -131,77 +161,227 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._let_go()
+        with self._resources:
+            if kind is None:
+                self._disk.finish()
+            else:
+                self._disk.abandon()
+
+    def _pieces(self, point: HookPoint, runs: Iterable[RowRun]) -> Iterator[Piece]:
+        """The missing ones of some rows, those that continue each other joined: fewer and larger writes."""
+        index, last = 0, None
+        for run in runs:
+            for first_row, length in self._missing[point].within(run.first_row, run.length):
+                start = index + first_row - run.first_row
+                piece = Piece(first_row=first_row, length=length, index=start)
+                if last is not None and (last.first_row + last.length, last.index + last.length) == (first_row, start):
+                    last = Piece(first_row=last.first_row, length=last.length + length, index=last.index)
+                    continue
+                if last is not None:
+                    yield last
+                last = piece
+            index += run.length
+        if last is not None:
+            yield last
 
     def _check(self, point: HookPoint, runs: Sequence[RowRun], values_nH: torch.Tensor) -> None:
-        if self._closed:
-            raise ValueError("the writer is closed")
-        if point not in self._points:
-            raise ValueError(f"{point} is not one of the hook points that this writer was made for")
+        if point not in self._missing:
+            raise ValueError(f"{point} is not one of the hook points of this store")
         if values_nH.device.type != "cpu" or not values_nH.dtype.is_floating_point:
             raise ValueError(f"values must be floats on the CPU, but are {values_nH.dtype} on {values_nH.device}")
-        expected = (sum(run.length for run in runs), self._hidden_size)
+        expected = (sum(run.length for run in runs), self._target.hidden_size)
         if tuple(values_nH.shape) != expected:
             raise ValueError(f"values of these runs must be {list(expected)}, but are {list(values_nH.shape)}")
         for run in runs:
-            if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._grid.rows:
-                raise ValueError(f"rows {run.first_row} + {run.length} do not lie within {self._grid.rows} rows")
+            if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._target.rows:
+                raise ValueError(f"rows {run.first_row} + {run.length} do not lie within {self._target.rows} rows")
 
-    def _put(self, shard: Shard, row: int, data: memoryview) -> None:
-        if shard not in self._offsets:
-            self._offsets[shard] = self._make(shard)
-        in_shard = row - shard[1] * self._grid.shard_rows
-        offset = self._offsets[shard] + in_shard * self._hidden_size * self._dtype.bytes
-        write_all(self._descriptor(shard), data, offset)
 
-    def _make(self, shard: Shard) -> int:
-        """Makes the file unless another rank has; returns the byte at which its data starts.
+class _ShardFiles:
+    """Shards under temporary names, some of them open."""
+
+    def __init__(self, folder: Path, target: Manifest, max_open: int) -> None:
+        self._folder, self._target, self._max_open = folder, target, max_open
+        self._open: OrderedDict[Shard, int] = OrderedDict()  # descriptors, least recently used first
+        self._headers: dict[Shard, Header] = {}
+        self._unsynced: dict[Shard, None] = {}
+
+    def write(self, batch: Batch) -> dict[Shard, StoredError]:
+        """Writes all rows of a batch; what storing them cost, by shard, where it cost anything."""
+        dtype, encoded = self._target.dtype, batch.encoded
+        of_each_row = {SCALE: encoded.scale, DIVISOR: batch.divisor}
+        columns = [(str(batch.point), self._target.hidden_size * dtype.bytes, row_bytes(encoded.values))]
+        columns += [(name, 4, row_bytes(column)) for name, column in of_each_row.items() if column is not None]
+        errors: dict[Shard, StoredError] = {}
+        with naming_store(self._folder, str(batch.point)):
+            for piece in batch.pieces:
+                for number, row, size in self._target.grid.pieces(piece.first_row, piece.length):
+                    shard, start = (batch.point, number), piece.index + row - piece.first_row
+                    in_shard = row - self._target.grid.starts[number]
+                    for name, item, data in columns:
+                        self._put(shard, name, in_shard * item, data[start * item : (start + size) * item])
+                    if encoded.error is not None:
+                        _add_error(errors, shard, encoded.error[start : start + size])
+        return errors
+
+    def sync(self) -> None:
+        """Returns when everything written is durable."""
+        for shard in list(self._unsynced):
+            with naming_store(self._folder, str(shard[0])):
+                os.fsync(self._descriptor(shard))
+        self._unsynced.clear()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _put(self, shard: Shard, tensor: str, offset: int, data: memoryview) -> None:
+        if shard not in self._headers:
+            self._headers[shard] = self._make(shard)
+        write_all(self._descriptor(shard), data, self._headers[shard].offsets[tensor] + offset)
+        self._unsynced[shard] = None
+
+    def _make(self, shard: Shard) -> Header:
+        """Makes the file unless another rank has.
 
         Every rank writes the same header and sets the same length, so it does not matter who comes first.
         ``posix_fallocate`` would reserve the space too, but where the file system lacks it glibc writes zeros into
         blocks that look empty, and can so wipe out what another rank writes at that moment.
         """
-        point, number = shard
-        rows = self._grid.rows_of(number)
-        start, header = shard_header(point, rows, hidden_size=self._hidden_size, dtype=self._dtype)
+        start, header = header_of(shard, self._target)
+        (self._folder / str(shard[0])).mkdir(exist_ok=True)
         descriptor = self._descriptor(shard, os.O_CREAT)
         os.ftruncate(descriptor, header.size_bytes)
         write_all(descriptor, start, 0)
-        return len(start)
+        return header
 
     def _descriptor(self, shard: Shard, create: int = 0) -> int:
-        """An open descriptor of the shard. Closing one to make place does not sync: ``close`` opens it again, and
+        """An open descriptor of the shard. Closing one to make place does not sync: ``sync`` opens it again, and
         the kernel reports a failed write-back to whoever syncs next."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        while len(self._open) >= self._max_open_files:
+        while len(self._open) >= self._max_open:
             os.close(self._open.popitem(last=False)[1])
         path = self._folder / str(shard[0]) / (shard_name(shard[1]) + PARTIAL)
         self._open[shard] = os.open(path, create | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         return self._open[shard]
 
-    def _let_go(self) -> None:
-        self._closed = True
-        while self._open:
-            os.close(self._open.popitem()[1])
+
+class _DiskThread:
+    """Takes batches from a queue to the disk, and from time to time makes them durable and says so in the journal.
+
+    What it raises is raised by every later call of ``put`` and ``finish``.
+    """
+
+    def __init__(
+        self,
+        files: _ShardFiles,
+        journal: JournalWriter,
+        commit_secs: float,
+        queue_bytes: int,
+        progressed: Callable[[], None],
+    ) -> None:
+        self._files, self._journal = files, journal
+        self._commit_secs, self._queue_bytes, self._progressed = commit_secs, queue_bytes, progressed
+        self._changed = threading.Condition()
+        self._queue: deque[Batch] = deque()
+        self._queued_bytes = 0
+        self._closing = self._abandoned = False
+        self._failure: BaseException | None = None
+        self._rows: dict[HookPoint, list[tuple[int, int]]] = {}
+        self._errors: dict[Shard, StoredError] = {}
+        self._thread = threading.Thread(target=self._run, name="store writer", daemon=True)
+        self._thread.start()
+
+    def put(self, batch: Batch) -> None:
+        """Queues a batch; waits while the queue is full."""
+        with self._changed:
+            if self._closing:
+                raise ValueError("the writer is closed")
+            self._changed.wait_for(lambda: self._failure or not self._queue or self._fits(batch))
+            self._raise_failure()
+            self._queue.append(batch)
+            self._queued_bytes += batch.bytes
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Returns when all is durable and the thread has ended."""
+        self._end()
+        self._raise_failure()
+
+    def abandon(self) -> None:
+        """Ends the thread without what is still queued."""
+        self._abandoned = True
+        self._end()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _fits(self, batch: Batch) -> bool:
+        return self._queued_bytes + batch.bytes <= self._queue_bytes
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            committed = time.monotonic()
+            while not self._abandoned:
+                batch = self._next(committed + self._commit_secs - time.monotonic() if self._rows else None)
+                if batch is not None:
+                    self._write(batch)
+                if batch is None or time.monotonic() - committed > self._commit_secs:
+                    self._commit()
+                    if batch is None and self._closing and not self._queue:
+                        return
+                    committed = time.monotonic()
+        except BaseException as failure:
+            with self._changed:
+                self._failure = failure
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _next(self, patience_secs: float | None) -> Batch | None:
+        """The next batch; None where there is none in that time (None: however long), or no more will come. It counts
+        as queued until it is written."""
+        limit = None if patience_secs is None else max(0.0, patience_secs)
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing, limit)
+            return self._queue[0] if self._queue else None
+
+    def _write(self, batch: Batch) -> None:
+        errors = self._files.write(batch)
+        for shard, error in errors.items():
+            self._errors[shard] = self._errors[shard] + error if shard in self._errors else error
+        rows = self._rows.setdefault(batch.point, [])
+        rows += ((piece.first_row, piece.length) for piece in batch.pieces)
+        with self._changed:
+            self._queue.popleft()
+            self._queued_bytes -= batch.bytes
+            self._changed.notify_all()
+        self._progressed()
+
+    def _commit(self) -> None:
+        if not self._rows:
+            return
+        self._files.sync()
+        self._progressed()
+        durable = {point: RowSet(ranges) for point, ranges in self._rows.items()}
+        for point, rows in durable.items():
+            if len(rows) != sum(length for _, length in self._rows[point]):
+                raise CoverageError(f"rows of {point} were written more than once by one rank")
+        self._journal.rows({point: rows.ranges for point, rows in durable.items()}, self._errors)
+        self._rows, self._errors = {}, {}
 
 
-def _merged(runs: Iterable[RowRun]) -> Iterator[tuple[int, int]]:
-    """First row and length of runs, those that continue each other joined: fewer and larger writes."""
-    first_row = length = 0
-    for run in runs:
-        if first_row + length == run.first_row:
-            length += run.length
-            continue
-        if length:
-            yield first_row, length
-        first_row, length = run.first_row, run.length
-    if length:
-        yield first_row, length
+def _add_error(errors: dict[Shard, StoredError], shard: Shard, relative: NDArray[np.float64]) -> None:
+    error = StoredError.of(relative)
+    errors[shard] = errors[shard] + error if shard in errors else error
 
 
 def _row_at(runs: Iterable[RowRun], index: int) -> int:

@@ -1,6 +1,6 @@
 """Hidden states of a few texts as tensors on rank 0, from four ranks, TP x PP:
 
-    torchrun --standalone --nproc-per-node 4 recipes/gather_rank0/in_memory.py
+torchrun --standalone --nproc-per-node 4 recipes/gather_rank0/in_memory.py
 """
 
 from transformers import AutoTokenizer

@@ -1,6 +1,6 @@
 """The same job through NeMo-Run, which writes the batch script and submits it:
 
-    python recipes/slurm/nemo_run_job.py --account ACCOUNT --partition PARTITION store.path=/shared/out/slurm
+python recipes/slurm/nemo_run_job.py --account ACCOUNT --partition PARTITION store.path=/shared/out/slurm
 """
 
 import argparse

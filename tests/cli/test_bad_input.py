@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nemo_qwen_hidden import extract
 from nemo_qwen_hidden.cli.main import main
+from nemo_qwen_hidden.config import DataSettings, ModelSettings, Settings, StoreSettings
+from nemo_qwen_hidden.job import prepare
 from nemo_qwen_hidden.parallel import launch
 from tests.support.models import TINY
 
@@ -83,7 +87,7 @@ def refuses(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert (status, captured.out) == (2, "")
         assert _everything(tmp_path) == before
         lines = captured.err.splitlines()
-        lines = [line for line in lines if line.startswith("nemo-qwen-hidden: ")] if "tokenizing" in lines else lines
+        lines = [line for line in lines if line not in ("reading weights", "tokenizing")]
         assert len(lines) == 1
         assert lines[0].startswith("nemo-qwen-hidden: ")
         return lines[0].removeprefix("nemo-qwen-hidden: ")
@@ -92,9 +96,9 @@ def refuses(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def _everything(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below: size and time of change of a file."""
+    """Every file and folder below: size and time of change of a file. Who looks into a store signs its lock."""
     found = {}
-    for path in folder.rglob("*"):
+    for path in (path for path in folder.rglob("*") if path.suffix != ".lock"):
         status = path.lstat()
         found[str(path)] = (status.st_size, status.st_mtime_ns) if path.is_file() else (-1, -1)
     return found
@@ -137,12 +141,12 @@ SETTINGS = {
     ),
     "unknown-preset": (
         ["precision=fp8"],
-        "`precision` must be one of the presets bf16, default, fp32, fp32_stored_bf16, but is 'fp8' instead.",
+        "`precision` must be one of the presets bf16, default, fp32, fp32_stored_bf16, fp32_stored_int8, but is",
     ),
     "wrong-type": (["parallel.tp=two"], "`parallel.tp` must be a whole number, but is 'two' instead."),
     "unknown-dtype": (
         ["precision.stored=fp8"],
-        "`precision.stored` must be one of fp32, bf16, fp16, but is 'fp8' instead.",
+        "`precision.stored` must be one of fp32, bf16, fp16, int8, but is 'fp8' instead.",
     ),
     "max-tokens-above-the-model": (
         ["data.max_tokens=129"],
@@ -313,7 +317,7 @@ def test_no_space_for_the_states(refuses: Refuses, data: Path, monkeypatch: pyte
     data.write_text(json.dumps({"token_ids": [7] * 1000}))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
     line = refuses("precision.stored=bf16", "capture.hook_points=[embed,resid_post@-1]")
-    assert re.match(r"`store.path` must be on a disk with 268.0 kB free, and [0-9.]+ kB are free there, but is", line)
+    assert re.match(r"`store.path` must be on a disk with 304.0 kB free, and [0-9.]+ kB are free there, but is", line)
 
 
 @pytest.mark.usefixtures("no_server")
@@ -334,15 +338,27 @@ def test_a_folder_that_holds_something_else(refuses: Refuses, tmp_path: Path) ->
     (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
     for overwrite in ("true", "false"):
         assert refuses(f"store.overwrite={overwrite}", store="mine").startswith(
-            "`store.path` must be a new folder, an empty one or a store; this one holds `thesis.txt`, which is part of"
+            "`store.path` must be a new folder, an empty one or a store; this one holds `thesis.txt`, part of none, "
         )
 
 
-def test_a_store_that_is_there_already(refuses: Refuses, tmp_path: Path) -> None:
-    from nemo_qwen_hidden.store import session
+def test_an_unfinished_store_of_another_job(refuses: Refuses, tmp_path: Path, model: Path, data: Path) -> None:
+    asked = Settings(model=ModelSettings(path=str(model)), data=DataSettings(path=str(data)))
+    job = prepare(replace(asked, store=StoreSettings(path=str(tmp_path / "old"))), world=None, for_store=True)
+    with extract.locked(job):
+        extract.begin(job)
+    said = refuses("precision.stored=bf16", store="old")
+    assert said.startswith("`precision.stored` must be fp32, as in the unfinished store at ")
+    assert "store.overwrite=true starts it again" in said
 
-    session.begin(tmp_path / "old", {}, overwrite=False)
-    assert refuses(store="old").startswith("`store.overwrite` must be true to start again the unfinished store at ")
+
+def test_a_store_that_another_run_is_working_on(refuses: Refuses, tmp_path: Path, model: Path, data: Path) -> None:
+    asked = Settings(model=ModelSettings(path=str(model)), data=DataSettings(path=str(data)))
+    job = prepare(replace(asked, store=StoreSettings(path=str(tmp_path / "old"))), world=None, for_store=True)
+    with extract.locked(job):
+        extract.begin(job)
+        said = refuses(store="old")
+    assert said.startswith("`store.path` must be a store that no other run is working on; process ")
 
 
 def test_a_path_below_a_file(refuses: Refuses, data: Path) -> None:

@@ -27,6 +27,7 @@ def test_the_keys_are_these() -> None:
         "capture.gather",
         "precision.compute",
         "precision.stored",
+        "precision.nonfinite",
         "data.path",
         "data.max_tokens",
         "data.batch_tokens",
@@ -36,6 +37,8 @@ def test_the_keys_are_these() -> None:
         "store.path",
         "store.shard_rows",
         "store.overwrite",
+        "store.add",
+        "store.commit_secs",
         "runtime.threads",
     ]
 
@@ -45,7 +48,7 @@ def test_the_presets_are_these() -> None:
         "model": ("default",),
         "parallel": ("default", "dp2", "pp2", "single", "tp2", "tp2_pp2", "tp2_pp2_sp", "tp2_sp"),
         "capture": ("default", "embedding", "every_fourth", "everything", "last"),
-        "precision": ("bf16", "default", "fp32", "fp32_stored_bf16"),
+        "precision": ("bf16", "default", "fp32", "fp32_stored_bf16", "fp32_stored_int8"),
         "data": ("default",),
         "store": ("default",),
         "runtime": ("default",),

@@ -116,9 +116,10 @@ def test_memory_of_a_rank_does_not_grow_with_the_corpus(
             runtime=RuntimeSettings(threads=1),
         )
         job = prepare(settings, world=None, for_store=True)
-        begun = extract.begin(job)
-        ranks = start_ranks(job.topology.world, peak_growth, job, begun)
-        summary = extract.finish(job, begun, [result for result, _ in ranks])
+        with extract.locked(job):
+            begun = extract.begin(job)
+            ranks = start_ranks(job.topology.world, peak_growth, job, begun)
+            summary = extract.finish(job, begun, [result for result, _ in ranks])
         assert summary.manifest.rows == tokens
         peaks.append(max(growth for _, growth in ranks))
     assert summary.manifest.rows * summary.manifest.hidden_size * 4 > 5 * MOST_GROWTH_BYTES  # of each hook point

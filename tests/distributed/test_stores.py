@@ -52,8 +52,9 @@ def settings(tiny_folders: dict[Tiny, Path], tmp_path_factory: pytest.TempPathFa
 
 def make_store(settings: Settings, start_ranks: Any) -> Store:
     job = prepare(settings, world=None, for_store=True)
-    begun = extract.begin(job)
-    extract.finish(job, begun, start_ranks(job.topology.world, stored, job, begun))
+    with extract.locked(job):
+        begun = extract.begin(job)
+        extract.finish(job, begun, start_ranks(job.topology.world, stored, job, begun))
     return open_store(job.store_path)
 
 
@@ -127,8 +128,8 @@ def test_rows_and_windows(one_rank: Store) -> None:
     assert one_rank.rows == sum(DOCUMENTS)
     assert one_rank.tokens.document.tolist() == [d for d, length in enumerate(DOCUMENTS) for _ in range(length)]
     assert one_rank.tokens.position.tolist() == [position for length in DOCUMENTS for position in range(length)]
-    assert one_rank.manifest.data["max_tokens"] == 50
-    assert one_rank.manifest.data["documents_cut_into_windows"] == 2
+    assert one_rank.manifest.parts[0].data["max_tokens"] == 50
+    assert one_rank.manifest.parts[0].data["documents_cut_into_windows"] == 2
 
 
 def test_stored_dtype_is_chosen_apart(settings: Settings, one_rank: Store, tmp_path: Path, start_ranks: Start) -> None:

@@ -4,65 +4,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nemo_qwen_hidden.errors import ConfigError, RankError
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
+from tests.parallel.helpers import Listener
 
 LONG_SECS = 60
-
-
-@pytest.fixture(autouse=True, scope="module")
-def light_server() -> Iterator[None]:
-    """A fork server of this file's own: the one of the other tests has NeMo, and stays as it is."""
-    server = forkserver.ForkServer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "PRELOAD", ())
-        patch.setattr(launch, "GRACE_SECS", 0.6)
-        patch.setattr(forkserver, "_forkserver", server)
-        for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
-            patch.setattr(forkserver, name, getattr(server, name))
-        yield
-        server._stop()  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "ranks.log"
-
-
-class Listener:
-    """Keeps what ranks send; ranks send their process id first."""
-
-    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
-        self.events: list[tuple[int, Any]] = []
-        self._then = then
-
-    def __call__(self, rank: int, event: Any) -> None:
-        self.events.append((rank, event))
-        self._then()
-
-    def none_is_alive(self) -> bool:
-        deadline = time.monotonic() + 5
-        while any(_exists(pid) for _, pid in self.events):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def report(rank: Rank, factor: int) -> tuple[int, int]:

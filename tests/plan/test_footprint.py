@@ -1,6 +1,6 @@
 """Bytes by hand for Qwen2.5-0.5B; ``tests/distributed/test_weights.py`` compares them with built models."""
 
-from nemo_qwen_hidden.plan.footprint import DecoderShape, padded_vocab, store_bytes, weight_bytes
+from nemo_qwen_hidden.plan.footprint import DecoderShape, padded_vocab, weight_bytes
 
 HALF_B = DecoderShape(
     num_layers=24,
@@ -25,8 +25,3 @@ def test_a_later_stage_has_no_vocabulary() -> None:
 
 def test_vocabulary_is_padded_to_tp() -> None:
     assert padded_vocab(HALF_B, 3) == 151938
-
-
-def test_a_store_of_all_layers_of_7b_costs_201_kilobytes_a_token() -> None:
-    """28 layers of 3,584 values in bf16, 200,704 bytes, and 12 of the token table."""
-    assert store_bytes(rows=1, hidden_size=3584, hook_points=28, itemsize=2) == 200_716

@@ -198,7 +198,7 @@ def test_two_agents_write_the_bytes_that_the_program_writes_alone(runs: Runs) ->
     command = commands.of("several_machines")[0]
     alone = runs.here("alone", command, "parallel.tp=1")
     assert files(runs.store("agents")) == files(alone)
-    assert open_store(alone).manifest.producer["layout"]["pp"] == 2
+    assert open_store(alone).manifest.producers[0]["layout"]["pp"] == 2
 
 
 def test_gathered_on_rank_0_is_the_store_of_one_process(runs: Runs, one_process: Path) -> None:

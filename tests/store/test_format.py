@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 from nemo_qwen_hidden.store.format import HOOK_POINT_NAME, SHARD_FILES, TOKEN_FILES, ShardGrid, human_bytes, shard_name
 
-GRIDS = st.builds(
-    lambda rows, shard_rows: ShardGrid(rows=rows, shard_rows=shard_rows), st.integers(0, 60), st.integers(1, 9)
-)
+GRIDS = st.builds(ShardGrid, st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=4))
 
 
 @given(GRIDS)
@@ -16,7 +14,20 @@ def test_shards_cut_all_rows_in_order(grid: ShardGrid) -> None:
     rows = [row for shard in range(grid.shards) for row in grid.rows_of(shard)]
     assert rows == list(range(grid.rows))
     assert all(row in grid.rows_of(grid.shard_of(row)) for row in rows)
-    assert all(len(grid.rows_of(shard)) == grid.shard_rows for shard in range(grid.shards - 1))
+    assert list(grid.starts) == [0, *(grid.rows_of(shard).stop for shard in range(grid.shards))]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=4))
+def test_each_part_is_cut_by_itself(parts: list[tuple[int, int]]) -> None:
+    grid, row = ShardGrid(parts), 0
+    for number, (rows, shard_rows) in enumerate(parts):
+        alone = ShardGrid([(rows, shard_rows)])
+        shards = grid.of_part(number)
+        assert [len(grid.rows_of(shard)) for shard in shards] == [len(alone.rows_of(k)) for k in range(alone.shards)]
+        assert all(len(grid.rows_of(shard)) == shard_rows for shard in shards[:-1])
+        assert all(grid.part_of(shard) == number for shard in shards)
+        assert not shards or grid.rows_of(shards[0]).start == row
+        row += rows
 
 
 @given(GRIDS, st.data())
@@ -31,7 +42,7 @@ def test_pieces_stay_in_their_shards(grid: ShardGrid, data: st.DataObject) -> No
 
 
 def test_ten_rows_in_shards_of_four() -> None:
-    grid = ShardGrid(rows=10, shard_rows=4)
+    grid = ShardGrid([(10, 4)])
     assert [grid.rows_of(shard) for shard in range(grid.shards)] == [range(0, 4), range(4, 8), range(8, 10)]
     assert list(grid.pieces(3, 6)) == [(0, 3, 1), (1, 4, 4), (2, 8, 1)]
 
@@ -39,11 +50,11 @@ def test_ten_rows_in_shards_of_four() -> None:
 @pytest.mark.parametrize(("rows", "shard_rows"), [(-1, 5), (5, 0)])
 def test_no_such_grid(rows: int, shard_rows: int) -> None:
     with pytest.raises(ValueError, match="cannot be cut"):
-        ShardGrid(rows=rows, shard_rows=shard_rows)
+        ShardGrid([(rows, shard_rows)])
 
 
 def test_what_is_outside_is_an_error() -> None:
-    grid = ShardGrid(rows=10, shard_rows=4)
+    grid = ShardGrid([(10, 4)])
     with pytest.raises(ValueError, match="shard 3 is not one of 3"):
         grid.rows_of(3)
     with pytest.raises(ValueError, match="row 10 is not one of 10"):

@@ -65,7 +65,11 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b'{"x": {}, "x": {}}', b"", "a key stands twice"),
         (b'{"x": NaN}', b"", "NaN is not JSON"),
         ({"x": 3}, b"", "`f: x` must be an object, but is 3"),
-        ({"x": {**GOOD, "dtype": "U8"}}, bytes(8), "`f: x.dtype` must be one of F32, BF16, F16, I32, I64, but is 'U8'"),
+        (
+            {"x": {**GOOD, "dtype": "U8"}},
+            bytes(8),
+            "`f: x.dtype` must be one of F32, BF16, F16, I8, I32, I64, but is 'U8'",
+        ),
         ({"x": {**GOOD, "shape": [-2]}}, bytes(8), "`f: x.shape` must be a list of integers"),
         ({"x": {**GOOD, "shape": [True]}}, bytes(8), "`f: x.shape` must be a list of integers"),
         ({"x": {**GOOD, "shape": [3]}}, bytes(8), "`f: x.data_offsets` must enclose 12 bytes"),

@@ -9,7 +9,9 @@ import nemo_qwen_hidden
 from nemo_qwen_hidden.store import session
 from tests.store.helpers import python
 
-LOADED = "import sys; {}; print(*sorted({{'torch', 'numpy', 'nemo', 'megatron', 'lightning'}} & set(sys.modules)))"
+LOADED = (
+    "import sys; {}; print(*sorted({{'torch', 'numpy', 'nemo', 'megatron', 'lightning', 'fsspec'}} & set(sys.modules)))"
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,7 @@ LOADED = "import sys; {}; print(*sorted({{'torch', 'numpy', 'nemo', 'megatron', 
         ("import nemo_qwen_hidden; nemo_qwen_hidden.HookPoint", ""),
         ("from nemo_qwen_hidden.store import session, manifest, tokens", "numpy"),
         ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store import describe, writer", "numpy torch"),
+        ("from nemo_qwen_hidden import RowBatches, DocumentBatches, BatchLoader", "numpy torch"),
     ],
 )
 def test_what_an_import_loads(statement: str, loaded: str) -> None:
@@ -31,7 +34,7 @@ def test_public_names() -> None:
 
     assert nemo_qwen_hidden.open_store is open_store
     assert nemo_qwen_hidden.HookPoint is HookPoint
-    assert {"open_store", "HookPoint", "Qwen2HiddenModel", "__version__"} <= set(dir(nemo_qwen_hidden))
+    assert {"open_store", "RowBatches", "HookPoint", "Qwen2HiddenModel", "__version__"} <= set(dir(nemo_qwen_hidden))
     assert find_spec(nemo_qwen_hidden._HOMES["Qwen2HiddenModel"]) is not None
     with pytest.raises(AttributeError, match="module 'nemo_qwen_hidden' has no attribute 'open_stor'"):
         _ = nemo_qwen_hidden.open_stor
@@ -41,6 +44,6 @@ def test_the_store_knows_no_model_and_no_process_group() -> None:
     for path in Path(session.__file__).parent.glob("*.py"):
         imports = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         ours = [name for name in imports if name.startswith("nemo_qwen_hidden")]
-        allowed = ("nemo_qwen_hidden.store", "nemo_qwen_hidden.errors", "nemo_qwen_hidden.hookpoint")
+        allowed = tuple(f"nemo_qwen_hidden.{room}" for room in ("store", "plan", "errors", "hookpoint"))
         assert all(name.startswith(allowed) for name in ours), path
         assert not [name for name in imports if name.startswith(("torch.distributed", "safetensors", "pickle"))], path

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nemo_qwen_hidden.errors import StoreError
+from nemo_qwen_hidden.plan.rowset import RowSet
+from nemo_qwen_hidden.store import journal
 from tests.store.helpers import POINT, Run, states, stored, writer
 
 
@@ -21,7 +23,7 @@ def test_threads_that_make_one_shard_at_once(tmp_path: Path) -> None:
         gate = threading.Barrier(6)
 
         def work(rank: int, folder: Path = folder, gate: threading.Barrier = gate) -> None:
-            with writer(folder, shard_rows=12) as out:
+            with writer(folder, shard_rows=12, rank=rank) as out:
                 gate.wait()
                 out.write(POINT, [Run(row, 1) for row in range(rank, 12, 6)], states()[rank::6])
 
@@ -39,12 +41,12 @@ from collections import namedtuple
 from pathlib import Path
 import torch
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.writer import ShardWriter
+from tests.store.helpers import writer
 Run = namedtuple("Run", "first_row length")
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 point = HookPoint("resid_post", 3)
 values = torch.arange(2000 * 7, dtype=torch.float32).reshape(2000, 7)
-with ShardWriter(folder, hook_points=[point], rows=2000, hidden_size=7, dtype="fp32", shard_rows=900) as out:
+with writer(folder, rank=rank, rows=2000, hidden_size=7, shard_rows=900, options={"commit_secs": 0.01}) as out:
     print("ready", flush=True)
     sys.stdin.readline()
     for row in range(rank, 2000, 2):
@@ -62,6 +64,8 @@ def test_two_processes_write_interleaved_rows_of_one_shard(tmp_path: Path, start
     assert [rank.wait(60) for rank in ranks] == [0, 0]
     expected = torch.arange(2000 * 7, dtype=torch.float32).reshape(2000, 7)
     assert torch.equal(stored(tmp_path), expected)
+    found = journal.read(tmp_path)
+    assert found.rows == {POINT: RowSet([(0, 2000)])} and not found.twice
 
 
 FULL = """
@@ -71,16 +75,26 @@ from pathlib import Path
 import torch
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.writer import ShardWriter
+from nemo_qwen_hidden.store import journal
+from tests.store.helpers import writer
 Run = namedtuple("Run", "first_row length")
-point = HookPoint("embed")
-out = ShardWriter(Path(sys.argv[1]), hook_points=[point], rows=4096, hidden_size=256, dtype="fp32", shard_rows=4096)
+folder, point = Path(sys.argv[1]), HookPoint("embed")
+sizes = {"rows": 4096, "hidden_size": 256, "shard_rows": 512, "points": [point]}
+values = torch.arange(4096 * 256, dtype=torch.float32).reshape(4096, 256)
+out = writer(folder, **sizes, options={"commit_secs": 0.0, "queue_bytes": 1})
 try:
-    for row in range(0, 4096, 512):
-        out.write(point, [Run(row, 512)], torch.ones(512, 256))
+    for row in range(0, 4096, 64):
+        out.write(point, [Run(row, 64)], values[row : row + 64])
+    out.close()
 except StoreError as error:
     print(error)
-print(sum(out.written.values()) < 4096)
+claimed = journal.read(folder).rows.get(point)
+print(0 if claimed is None else len(claimed))
+for first, length in [] if claimed is None else claimed.ranges:
+    for row in range(first, first + length):
+        with open(folder / f"embed/{row // 512:06d}.safetensors.partial", "rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little") + row % 512 * 1024)
+            assert file.read(1024) == values[row].numpy().tobytes(), row
 """
 
 
@@ -89,19 +103,19 @@ def test_a_file_size_limit_is_a_store_error(tmp_path: Path) -> None:
     out = writer(tmp_path, rows=1200, shard_rows=1000)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-        with pytest.raises(
-            StoreError, match=r"must have room for the store \(File too large while writing resid_post@3\)"
-        ):
-            out.write(POINT, [Run(0, 1200)], states(1200))
+        out.write(POINT, [Run(0, 1200)], states(1200))
+        said = r"must have room for the store \(File too large while writing resid_post@3\)"
+        with pytest.raises(StoreError, match=said):
+            out.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert out.written == {}
-    out.close()
+    assert journal.read(tmp_path).rows == {}
 
 
 def test_a_full_disk_is_a_store_error(small_disk: Callable[..., list[str]]) -> None:
-    said = small_disk(FULL)
-    assert said[0].startswith(
+    """And what was claimed before it was full is there."""
+    error, claimed = small_disk(FULL)
+    assert error.startswith(
         "`store.path` must have room for the store (No space left on device while writing embed), but is"
     )
-    assert said[1:] == ["True"]
+    assert 0 < int(claimed) < 1024

@@ -5,25 +5,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_qwen_hidden.store.reader import open_store
-from tests.store.helpers import POINT, ROWS, Made
+from tests.store.crafted import LENGTHS, POINTS, Crafted, craft
 
-SHARED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
+SHARED = settings(max_examples=150, deadline=None)
+POINT, ROWS = POINTS[2], sum(LENGTHS)
 INDEX = st.integers(-ROWS, ROWS - 1)
 BOUND = st.none() | st.integers(-30, 30)
 STEP = st.none() | st.integers(-5, 5).filter(bool)
 
 
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Crafted:
+    """A store that no test changes."""
+    return craft(tmp_path_factory.mktemp("fixed") / "store")
+
+
 @given(st.data())
 @SHARED
-def test_indexing_is_that_of_numpy(shared: Made, data: st.DataObject) -> None:
-    expected = shared.states[POINT].numpy()
-    view = open_store(shared.path)[POINT]
+def test_indexing_is_that_of_numpy(fixed: Crafted, data: st.DataObject) -> None:
+    expected = fixed.states[POINT].numpy()
+    view = open_store(fixed.path)[POINT]
     kind = data.draw(st.sampled_from(["int", "slice", "list", "mask"]))
     if kind == "int":
         row = data.draw(INDEX)
@@ -46,17 +51,17 @@ def test_indexing_is_that_of_numpy(shared: Made, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "rows", [range(3, 19), range(20, 3, -4), range(5, 2), range(-3, 0), range(2, -3, -1), np.arange(4, dtype=np.uint64)]
 )
-def test_ranges_are_lists_of_rows(shared: Made, rows: Any) -> None:
-    got = open_store(shared.path)[POINT][rows]
-    assert torch.equal(got, shared.states[POINT][torch.tensor(list(map(int, rows)), dtype=torch.long)])
+def test_ranges_are_lists_of_rows(fixed: Crafted, rows: Any) -> None:
+    got = open_store(fixed.path)[POINT][rows]
+    assert torch.equal(got, fixed.states[POINT][torch.tensor(list(map(int, rows)), dtype=torch.long)])
 
 
-def test_what_is_read_owns_its_memory(shared: Made) -> None:
-    view = open_store(shared.path)[POINT]
+def test_what_is_read_owns_its_memory(fixed: Crafted) -> None:
+    view = open_store(fixed.path)[POINT]
     for rows in (4, slice(2, 9), slice(None, None, 2), [1, 7], range(3)):
         values = view[rows]
         values.fill_(7)
-        assert torch.equal(view[:], shared.states[POINT])
+        assert torch.equal(view[:], fixed.states[POINT])
 
 
 @pytest.mark.parametrize(
@@ -72,15 +77,15 @@ def test_what_is_read_owns_its_memory(shared: Made) -> None:
         (2**80, 2**80),
     ],
 )
-def test_rows_that_are_not_there(shared: Made, rows: Any, wrong: int) -> None:
+def test_rows_that_are_not_there(fixed: Crafted, rows: Any, wrong: int) -> None:
     with pytest.raises(IndexError, match=f"^row {wrong} is not one of 23$"):
-        open_store(shared.path)[POINT][rows]
+        open_store(fixed.path)[POINT][rows]
 
 
 @pytest.mark.parametrize("mask", [[True], np.zeros(24, bool), torch.ones(22, dtype=torch.bool)])
-def test_a_mask_must_fit(shared: Made, mask: Any) -> None:
+def test_a_mask_must_fit(fixed: Crafted, mask: Any) -> None:
     with pytest.raises(IndexError, match=f"a mask of {len(mask)} does not fit 23 rows"):
-        open_store(shared.path)[POINT][mask]
+        open_store(fixed.path)[POINT][mask]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,6 @@ def test_a_mask_must_fit(shared: Made, mask: Any) -> None:
         ([None], r"object \[1\]"),
     ],
 )
-def test_other_kinds_of_index(shared: Made, rows: Any, said: str) -> None:
+def test_other_kinds_of_index(fixed: Crafted, rows: Any, said: str) -> None:
     with pytest.raises(TypeError, match=f"rows must be an int, a slice, .* torch tensor, but are {said} instead"):
-        open_store(shared.path)[POINT][rows]
+        open_store(fixed.path)[POINT][rows]

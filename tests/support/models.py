@@ -1,5 +1,6 @@
 """Random Qwen2 models small enough for a test, saved as Hugging Face folders, and their states by transformers."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def save_tiny(folder: Path, tiny: Tiny, *, max_shard_size: str = "5GB", **config
                 parameter.normal_(0, 0.1 if name.endswith("bias") else 0.08, generator=generator)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def write_documents(file: Path, lengths: tuple[int, ...], seed: int = 3) -> Path:
+    """A JSONL file of documents of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.randint(0, VOCAB - 1, (length,), generator=generator).tolist() for length in lengths)
+    file.write_text(
+        "".join(json.dumps({"id": f"{file.stem}-{n}", "token_ids": each}) + "\n" for n, each in enumerate(ids))
+    )
+    return file
 
 
 @dataclass(frozen=True)

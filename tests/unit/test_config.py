@@ -42,7 +42,18 @@ NEEDS_TP = "splits the sequence over the tp axis and needs `parallel.tp` of 2 or
     ("group", "values", "sentence"),
     [
         ("precision", {"compute": "fp8"}, "`precision.compute` must be one of fp32, bf16, fp16, but is 'fp8' instead."),
-        ("precision", {"stored": "int8"}, "`precision.stored` must be one of fp32, bf16, fp16, but is 'int8' instead."),
+        (
+            "precision",
+            {"stored": "int4"},
+            "`precision.stored` must be one of fp32, bf16, fp16, int8, but is 'int4' instead.",
+        ),
+        (
+            "precision",
+            {"nonfinite": "drop"},
+            "`precision.nonfinite` must be one of refuse, keep, but is 'drop' instead.",
+        ),
+        ("store", {"add": "rows"}, "`store.add` must be one of hook_points, documents, but is 'rows' instead."),
+        ("store", {"commit_secs": -1.0}, "`store.commit_secs` must be at least 0, but is -1.0 instead."),
         ("capture", {"gather": "all"}, "`capture.gather` must be one of none, rank0, but is 'all' instead."),
         ("data", {"max_tokens": 0}, "`data.max_tokens` must be at least 1, but is 0 instead."),
         ("data", {"batch_tokens": -1}, "`data.batch_tokens` must be at least 1, but is -1 instead."),

@@ -1,0 +1,290 @@
+"""Statistics of stored values that merge exactly: the same numbers come out however the rows are cut into shards.
+
+Moments are sums in fixed point, each value rounded by itself to ``2**-40``, so that adding them is exact in any order.
+Norms are counted in bins of fixed bounds. What is only a maximum or a count merges by itself.
+
+Legend: n rows, H hidden, U = 2**40 (``UNITS``).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_qwen_hidden.store.fields import Fields
+from nemo_qwen_hidden.store.format import Dtype
+
+BLOCK_ROWS = 128  # small enough for a processor's cache
+UNIT_BITS = 40
+LIMIT = 2.0**22  # of magnitudes: below it every sum over BLOCK_ROWS stays below 2**53, where float64 is exact
+ERROR_BITS = 50
+
+OCTAVES = range(-12, 30)
+BINS_AN_OCTAVE = 128
+BINS = len(OCTAVES) * BINS_AN_OCTAVE
+_UNITS = float(2**UNIT_BITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardStatistics:
+    """What the manifest says of the values of a shard; the arrays beside them are ``Sums``.
+
+    rows: that are counted in everything but ``nan`` and ``inf``: all of whose values are finite and below ``LIMIT``
+    in magnitude. nan, inf: numbers of values. max_abs: the largest magnitude, found in row ``max_abs_row`` of the
+    shard. min_norm, max_norm: of the L2 norms of rows. All 0 where no row is counted.
+    """
+
+    rows: int
+    nan: int
+    inf: int
+    max_abs: float
+    max_abs_row: int
+    min_norm: float
+    max_norm: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, fields: Fields) -> "ShardStatistics":
+        return cls(
+            rows=fields.integer("rows"),
+            nan=fields.integer("nan"),
+            inf=fields.integer("inf"),
+            max_abs=fields.number("max_abs"),
+            max_abs_row=fields.integer("max_abs_row"),
+            min_norm=fields.number("min_norm"),
+            max_norm=fields.number("max_norm"),
+            extra=fields.rest(),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        known = {name: value for name, value in vars(self).items() if name != "extra"}
+        return {**known, **self.extra}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredError:
+    """What storing cost: of each row the relative error e = |stored - computed| / |computed|, by L2 norms, 0 where the
+    row is 0. units: sum of e**2 over ``rows`` in units of 2**-50, each rounded down by itself. max: the largest e."""
+
+    rows: int
+    units: int
+    max: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean of e**2."""
+        return math.sqrt(self.units / 2**ERROR_BITS / self.rows) if self.rows else 0.0
+
+    def __add__(self, other: "StoredError") -> "StoredError":
+        return StoredError(
+            rows=self.rows + other.rows, units=self.units + other.units, max=max(self.max, other.max), extra=self.extra
+        )
+
+    @classmethod
+    def of(cls, relative: NDArray[np.float64]) -> "StoredError":
+        """The errors of rows whose relative errors are ``relative``, [n]."""
+        units = np.floor(relative**2 * float(2**ERROR_BITS))
+        return cls(rows=len(relative), units=sum(map(int, units)), max=float(relative.max(initial=0.0)))
+
+    @classmethod
+    def parse(cls, fields: Fields) -> "StoredError":
+        return cls(
+            rows=fields.integer("rows"),
+            units=fields.integer("squares_2e-50"),
+            max=fields.number("max"),
+            extra=fields.rest(),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "squares_2e-50": self.units, "max": self.max, **self.extra}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Arrays beside the values of a shard.
+
+    moments: int64 [4, H], over the counted rows: whole parts and fractions of the sum of values, whole parts and
+    fractions of the sum of squares; fractions in 1/U, from 0 to U. norms: int32 [BINS], counts of rows by L2 norm.
+    """
+
+    moments: NDArray[np.int64]
+    norms: NDArray[np.int32]
+
+
+class Accumulator:
+    """Takes the values of a shard in order and gives their statistics."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self._moments = np.zeros((4, hidden_size), np.int64)
+        self._norms = np.zeros(BINS, np.int64)
+        self._row = self._rows = self._nan = self._inf = self._max_abs_row = 0
+        self._max_abs, self._min_norm, self._max_norm = -1.0, math.inf, 0.0
+
+    def add(self, values_nH: NDArray[np.float64]) -> None:
+        """The next rows."""
+        for start in range(0, len(values_nH), BLOCK_ROWS):
+            self._add(values_nH[start : start + BLOCK_ROWS])
+
+    def _add(self, block_nH: NDArray[np.float64]) -> None:
+        magnitudes = np.maximum(block_nH.max(axis=1), -block_nH.min(axis=1))  # NaN where the row has one
+        counted = magnitudes < LIMIT
+        rows = np.arange(self._row, self._row + len(block_nH))
+        self._row += len(block_nH)
+        if not counted.all():
+            strange = block_nH[~counted]
+            self._nan += int(np.isnan(strange).sum())
+            self._inf += int(np.isinf(strange).sum())
+            block_nH, magnitudes, rows = block_nH[counted], magnitudes[counted], rows[counted]
+            if not len(rows):
+                return
+        self._rows += len(rows)
+        largest = int(magnitudes.argmax())
+        if magnitudes[largest] > self._max_abs:
+            self._max_abs, self._max_abs_row = float(magnitudes[largest]), int(rows[largest])
+        squares_nH = block_nH * block_nH
+        norms = np.sqrt(squares_nH.sum(axis=1))
+        self._min_norm = min(self._min_norm, float(norms.min()))
+        self._max_norm = max(self._max_norm, float(norms.max()))
+        self._norms += np.bincount(bins_of(norms), minlength=BINS)
+        _add_fixed(self._moments[:2], block_nH)
+        _add_fixed(self._moments[2:], squares_nH)
+
+    def result(self) -> tuple[ShardStatistics, Sums]:
+        """The statistics of all rows so far."""
+        moments = self._moments.copy()
+        for whole, fraction in (moments[:2], moments[2:]):
+            whole += fraction >> UNIT_BITS
+            fraction &= 2**UNIT_BITS - 1
+        statistics = ShardStatistics(
+            rows=self._rows,
+            nan=self._nan,
+            inf=self._inf,
+            max_abs=max(0.0, self._max_abs),
+            max_abs_row=self._max_abs_row,
+            min_norm=self._min_norm if self._rows else 0.0,
+            max_norm=self._max_norm,
+        )
+        return statistics, Sums(moments=moments, norms=self._norms.astype(np.int32))
+
+
+def _add_fixed(sums_2H: NDArray[np.int64], values_nH: NDArray[np.float64]) -> None:
+    """Adds whole parts and fractions of each column; every step below is exact in float64 but the rounding to 1/U."""
+    whole_nH = np.floor(values_nH)
+    sums_2H[0] += whole_nH.sum(axis=0).astype(np.int64)
+    np.subtract(values_nH, whole_nH, out=whole_nH)
+    whole_nH *= _UNITS
+    sums_2H[1] += np.rint(whole_nH, out=whole_nH).sum(axis=0).astype(np.int64)
+
+
+def bins_of(norms: NDArray[np.float64]) -> NDArray[np.intp]:
+    """[n], the bin of each norm: octaves of two, each cut into ``BINS_AN_OCTAVE`` equal bins; what lies outside of
+    ``OCTAVES`` is in the first or last bin."""
+    mantissa, exponent = np.frexp(norms)  # mantissa from 0.5 to 1
+    inside = ((2 * mantissa - 1) * BINS_AN_OCTAVE).astype(np.intp)
+    bins = (exponent - 1 - OCTAVES.start) * BINS_AN_OCTAVE + inside
+    return np.clip(np.where(mantissa == 0, 0, bins), 0, BINS - 1)
+
+
+def bin_bounds(number: int) -> tuple[float, float]:
+    """The norms at which a bin begins and ends."""
+    octave, inside = divmod(number, BINS_AN_OCTAVE)
+    size = math.ldexp(1.0, OCTAVES.start + octave)
+    return size * (1 + inside / BINS_AN_OCTAVE), size * (1 + (inside + 1) / BINS_AN_OCTAVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Of one hook point over rows of a store.
+
+    rows: counted rows (see ``ShardStatistics``); left_out: the others. mean, variance: float64 [H], over rows, of the
+    stored values rounded to 2**-40; variance divides by ``rows``. max_abs_row: a row of the store.
+    """
+
+    rows: int
+    left_out: int
+    nan: int
+    inf: int
+    max_abs: float
+    max_abs_row: int
+    min_norm: float
+    max_norm: float
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    norms: NDArray[np.int64]
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of the squares of all values."""
+        return float((self.variance + self.mean**2).mean()) if self.rows else 0.0
+
+    def norm_quantile(self, q: float) -> float:
+        """The L2 norm that a part ``q`` (0 to 1) of the rows stays below, within 0.4 % between ``2**-12`` and
+        ``2**30``; exact at 0 and 1.
+
+        Raises:
+            ValueError: q is not within 0 and 1, or no row is counted.
+        """
+        if not 0 <= q <= 1 or not self.rows:
+            raise ValueError(f"no quantile {q} of {self.rows} rows: q goes from 0 to 1")
+        if q in (0, 1):
+            return self.max_norm if q else self.min_norm
+        number = int(np.searchsorted(np.cumsum(self.norms), q * self.rows))
+        return min(max(sum(bin_bounds(number)) / 2, self.min_norm), self.max_norm)
+
+
+def merge(shards: Iterable[tuple[int, int, ShardStatistics, Sums]], hidden_size: int) -> Statistics:
+    """The statistics of all rows of some shards, of which each is: first row, rows, and what is known of it."""
+    rows = total = nan = inf = max_abs_row = 0
+    max_abs, min_norm, max_norm = -1.0, math.inf, 0.0
+    moments, norms = np.zeros((4, hidden_size), object), np.zeros(BINS, np.int64)
+    for first_row, size, known, sums in shards:
+        total += size
+        nan, inf = nan + known.nan, inf + known.inf
+        if not known.rows:
+            continue
+        rows += known.rows
+        if known.max_abs > max_abs:
+            max_abs, max_abs_row = known.max_abs, first_row + known.max_abs_row
+        min_norm, max_norm = min(min_norm, known.min_norm), max(max_norm, known.max_norm)
+        moments += sums.moments
+        norms += sums.norms
+    mean, variance = _mean_and_variance(moments, rows) if rows else (np.zeros(hidden_size), np.zeros(hidden_size))
+    return Statistics(
+        rows=rows,
+        left_out=total - rows,
+        nan=nan,
+        inf=inf,
+        max_abs=max(0.0, max_abs),
+        max_abs_row=max_abs_row,
+        min_norm=min_norm if rows else 0.0,
+        max_norm=max_norm,
+        mean=mean,
+        variance=variance,
+        norms=norms,
+    )
+
+
+def _mean_and_variance(moments: NDArray[Any], rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """In integers up to the last step, which Python rounds correctly: no cancellation, no order of additions."""
+    units = 2**UNIT_BITS
+    mean, variance = [], []
+    for whole, fraction, square_whole, square_fraction in moments.T.tolist():
+        total = whole * units + fraction
+        squares = square_whole * units + square_fraction
+        mean.append(total / (rows * units))
+        # rounding each square by itself can leave less than nothing
+        variance.append(max(0, rows * squares * units - total * total) / (rows * rows * units * units))
+    return np.array(mean), np.array(variance)
+
+
+def decode(stored_nH: NDArray[Any], dtype: Dtype, scale_n: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
+    """[n, H] of what is stored, from an array in ``dtype.container``."""
+    if dtype.name == "bf16":
+        return (stored_nH.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if scale_n is not None:
+        return (stored_nH.astype(np.float32) * scale_n[:, None]).astype(np.float64)
+    return stored_nH.astype(np.float64)
