@@ -191,8 +191,12 @@ def disk_bytes(job: Job, rows: int) -> int:
     whole, rest = divmod(rows, job.settings.store.shard_rows)
     sizes = [(whole, job.settings.store.shard_rows), (1 if rest else 0, rest)]
     hidden_size, dtype = job.architecture.shape.hidden_size, DTYPES[job.settings.stored_dtype]
-    of_each = sum(count * shard_bytes(size, hidden_size=hidden_size, dtype=dtype) for count, size in sizes)
-    return len(job.points) * of_each + TOKEN_BYTES * rows
+    shards = sum(
+        count * shard_bytes(size, hidden_size=hidden_size, dtype=dtype, divisor=point.normed)
+        for point in job.points
+        for count, size in sizes
+    )
+    return shards + TOKEN_BYTES * rows
 
 
 def run(

@@ -107,7 +107,7 @@ def _verified_facts(report: "Report") -> Facts:
     facts = [
         ("store", str(report.path)),
         ("checked", f"{report.files} files, {human_bytes(report.bytes)}: {what}"),
-        ("wrong", f"{bad} files" if bad else "nothing"),
+        ("wrong", f"{bad} file{'s' * (bad != 1)}" if bad else "nothing"),
     ]
     return facts if report.unfinished is None else [*facts, ("unfinished", report.unfinished)]
 

@@ -293,4 +293,5 @@ def _missing(source: Source) -> str:
     if not source.exists(MARKER):
         return f"must be the folder of a store, with a {MANIFEST}"
     begun = describe_marker(load_json(source.read(MARKER), source.name(MARKER)))
-    return f"must be a finished store; this one is still being made, or was left unfinished ({begun})"
+    state = "is still being made, or was left unfinished, and goes on with the command that made it"
+    return f"must be a finished store; this one {state} ({begun})"

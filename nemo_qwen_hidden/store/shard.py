@@ -45,12 +45,17 @@ def shard_header(
     return build_header(tensors, metadata)
 
 
-def shard_bytes(rows: int, *, hidden_size: int, dtype: Dtype) -> int:
+def shard_bytes(rows: int, *, hidden_size: int, dtype: Dtype, divisor: bool) -> int:
     """Bytes of a shard of this many rows; some more or less where numbers or names are long."""
-    header = shard_header(
-        HookPoint(RESID_POST, 10), part="0" * 64, first_row=0, rows=rows, hidden_size=hidden_size, dtype=dtype
-    )
-    return header[1].size_bytes
+    return shard_header(
+        HookPoint(RESID_POST, 10),
+        part="0" * 64,
+        first_row=0,
+        rows=rows,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        divisor=divisor,
+    )[1].size_bytes
 
 
 def header_of(shard: Shard, target: Manifest) -> tuple[bytes, Header]:

@@ -97,7 +97,7 @@ def test_verify_of_a_damaged_store(store: Path, capfd: pytest.CaptureFixture[str
     flip(store / "embed/000001.safetensors")
     (store / "final_norm/000003.safetensors").unlink()
     assert main(["verify", str(store)]) == 1
-    assert facts(said(capfd))["wrong"] == "1 files"
+    assert facts(said(capfd))["wrong"] == "1 file"
     assert main(["verify", "--full", str(store)]) == 1
     out = said(capfd)
     assert facts(out)["wrong"] == "2 files"
