@@ -26,7 +26,7 @@ from nemo_qwen_hidden.store.format import DTYPES, ShardGrid, shard_name
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.shard import shard_header
 from nemo_qwen_hidden.store.statistics import ShardStatistics
-from nemo_qwen_hidden.store.tokens import lines_name, table_name
+from nemo_qwen_hidden.store.table import lines_name, table_name
 
 POINT, DTYPE = HookPoint("resid_post", 12), DTYPES["bf16"]
 MANY_SHARDS = 10_000

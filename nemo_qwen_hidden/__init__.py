@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nemo_qwen_hidden.hookpoint import HookPoint
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
-    from nemo_qwen_hidden.store.datasets import BatchLoader, DocumentBatches, RowBatches
-    from nemo_qwen_hidden.store.reader import open_store
+    from nemo_qwen_hidden.store.read.datasets import BatchLoader, DocumentBatches, RowBatches
+    from nemo_qwen_hidden.store.read.reader import open_store
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BatchLoader": "nemo_qwen_hidden.store.datasets",
-    "DocumentBatches": "nemo_qwen_hidden.store.datasets",
+    "BatchLoader": "nemo_qwen_hidden.store.read.datasets",
+    "DocumentBatches": "nemo_qwen_hidden.store.read.datasets",
     "HookPoint": "nemo_qwen_hidden.hookpoint",
     "Qwen2HiddenModel": "nemo_qwen_hidden.model.hidden_model",
-    "RowBatches": "nemo_qwen_hidden.store.datasets",
-    "open_store": "nemo_qwen_hidden.store.reader",
+    "RowBatches": "nemo_qwen_hidden.store.read.datasets",
+    "open_store": "nemo_qwen_hidden.store.read.reader",
 }
 
 

@@ -30,20 +30,21 @@ from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
 from nemo_qwen_hidden.plan.rowset import RowSet, union
 from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
 from nemo_qwen_hidden.provenance import model_of, norm_file_of, producer_of
-from nemo_qwen_hidden.store import session
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.shard import shard_bytes
-from nemo_qwen_hidden.store.token_writer import TokenTableWriter
-from nemo_qwen_hidden.store.tokens import TOKEN_BYTES, PartTokens, TokenTable
+from nemo_qwen_hidden.store.table import TOKEN_BYTES
+from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.parallel.groups import ProcessGroups
-    from nemo_qwen_hidden.store.writer import ShardWriter
+    from nemo_qwen_hidden.store.write.writer import ShardWriter
 
 LENGTHS_AT_ONCE = 65536
 MOST_GATHERED_MICROBATCHES = 16
@@ -285,7 +286,7 @@ def discard(job: Job) -> bool:
 
 
 def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse) -> "ShardWriter":
-    from nemo_qwen_hidden.store.writer import ShardWriter
+    from nemo_qwen_hidden.store.write.writer import ShardWriter
 
     return ShardWriter(
         job.store_path,

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
 from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.plan.stages import points_of_stage, split_layers
 from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
-from nemo_qwen_hidden.store.session import check_target
+from nemo_qwen_hidden.store.write.session import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
 
 

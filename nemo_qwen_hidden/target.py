@@ -11,7 +11,7 @@ from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import FINAL_NORM_FILE
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.session import Found
+from nemo_qwen_hidden.store.write.session import Found
 
 NEW, RESUMED, HOOK_POINTS, DOCUMENTS = "new store", "resumed", "hook points added", "documents added"
 

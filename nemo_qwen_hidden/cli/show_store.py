@@ -10,11 +10,11 @@ from nemo_qwen_hidden.cli.terminal import Terminal
 from nemo_qwen_hidden.store.format import human_bytes
 
 if TYPE_CHECKING:
-    from nemo_qwen_hidden.store.export import Exported
-    from nemo_qwen_hidden.store.merge import Merged
-    from nemo_qwen_hidden.store.reader import Store
-    from nemo_qwen_hidden.store.repair import Repair
-    from nemo_qwen_hidden.store.verify import Report
+    from nemo_qwen_hidden.store.read.reader import Store
+    from nemo_qwen_hidden.store.upkeep.export import Exported
+    from nemo_qwen_hidden.store.upkeep.merge import Merged
+    from nemo_qwen_hidden.store.upkeep.repair import Repair
+    from nemo_qwen_hidden.store.upkeep.verify import Report
 
 SHOWN_ROWS = 8
 SHOWN_FINDINGS = 20
@@ -23,8 +23,8 @@ Facts = list[tuple[str, str]]
 
 def store(opened: "Store", terminal: Terminal) -> None:
     """What is in a store, on one screen; ``inspect --json`` has the rest."""
-    from nemo_qwen_hidden.store.describe import as_dict
-    from nemo_qwen_hidden.store.summary import files, unfinished, value_lines
+    from nemo_qwen_hidden.store.read.describe import as_dict
+    from nemo_qwen_hidden.store.upkeep.summary import files, unfinished, value_lines
 
     described = as_dict(opened)
     facts = _size_facts(described, files(opened)) + _origin_facts(described)

@@ -113,8 +113,8 @@ def _inspect(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show_store
     from nemo_qwen_hidden.cli.terminal import Terminal
     from nemo_qwen_hidden.store.fields import to_json
-    from nemo_qwen_hidden.store.reader import open_store
-    from nemo_qwen_hidden.store.summary import everything
+    from nemo_qwen_hidden.store.read.reader import open_store
+    from nemo_qwen_hidden.store.upkeep.summary import everything
 
     store = open_store(parsed.store)
     if parsed.json:
@@ -129,7 +129,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show_store
     from nemo_qwen_hidden.cli.terminal import Terminal
     from nemo_qwen_hidden.store.fields import to_json
-    from nemo_qwen_hidden.store.verify import verify
+    from nemo_qwen_hidden.store.upkeep.verify import verify
 
     with Terminal(quiet=parsed.quiet) as terminal:
         with terminal.bytes_progress("verifying") as report:
@@ -144,7 +144,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 def _repair(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show_store
     from nemo_qwen_hidden.cli.terminal import Terminal
-    from nemo_qwen_hidden.store.repair import repair
+    from nemo_qwen_hidden.store.upkeep.repair import repair
 
     with Terminal(quiet=parsed.quiet) as terminal:
         with terminal.bytes_progress("verifying") as report:
@@ -156,7 +156,7 @@ def _repair(parsed: argparse.Namespace) -> int:
 def _merge(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show_store
     from nemo_qwen_hidden.cli.terminal import Terminal
-    from nemo_qwen_hidden.store.merge import merge
+    from nemo_qwen_hidden.store.upkeep.merge import merge
 
     producer: dict[str, Any] = {
         "versions": {"nemo_qwen_hidden": __version__},
@@ -173,7 +173,7 @@ def _merge(parsed: argparse.Namespace) -> int:
 def _export(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.cli import show_store
     from nemo_qwen_hidden.cli.terminal import Terminal
-    from nemo_qwen_hidden.store.export import export
+    from nemo_qwen_hidden.store.upkeep.export import export
 
     names = parsed.hook_points and [name.strip() for name in parsed.hook_points.split(",")]
     with Terminal(quiet=parsed.quiet) as terminal:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from nemo_qwen_hidden.cli.main import main
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.reader import open_store
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.read.reader import open_store
+from nemo_qwen_hidden.store.upkeep.verify import verify
+from nemo_qwen_hidden.store.write import session
 from tests.store.crafted import PARTS, craft, rewrite
 from tests.store.helpers import make_store
 
@@ -275,7 +275,7 @@ def test_control_c_ends_a_verification(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_shards.read_header", interrupt)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_shards.read_header", interrupt)
     assert main(["verify", str(store)]) == 130
     assert capfd.readouterr().err == "nemo-qwen-hidden: interrupted\n"
     assert os.path.exists(store / "manifest.json")

@@ -21,7 +21,7 @@ from nemo_qwen_hidden.config import (
 )
 from nemo_qwen_hidden.errors import UserError
 from nemo_qwen_hidden.job import prepare
-from nemo_qwen_hidden.store.reader import Store, open_store
+from nemo_qwen_hidden.store.read.reader import Store, open_store
 from tests.conftest import Start
 from tests.support.models import TINY, Tiny, write_documents
 from tests.support.ranks import stored

@@ -20,7 +20,7 @@ from nemo_qwen_hidden.config import (
     StoreSettings,
 )
 from nemo_qwen_hidden.job import prepare
-from nemo_qwen_hidden.store.reader import Store, open_store
+from nemo_qwen_hidden.store.read.reader import Store, open_store
 from tests.conftest import Start
 from tests.support.models import TINY, VOCAB, Tiny
 from tests.support.ranks import stored

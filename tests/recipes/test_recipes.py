@@ -21,7 +21,7 @@ from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.config import check
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import prepare
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.reader import open_store
 from tests.conftest import Start
 from tests.recipes import commands
 from tests.recipes.commands import RECIPES, ROOT

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import session
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import JOURNAL, TOKENS, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.token_writer import TokenTableWriter
-from nemo_qwen_hidden.store.writer import ShardWriter
+from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
+from nemo_qwen_hidden.store.write.writer import ShardWriter
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTHS = (3, 0, 7, 1, 12)

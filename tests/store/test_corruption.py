@@ -21,7 +21,7 @@ import pytest
 from nemo_qwen_hidden import open_store
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.upkeep.verify import verify
 from tests.store.crafted import craft, rewrite
 
 POINTS = (HookPoint("embed"), HookPoint("resid_post", 3), HookPoint("final_norm"))

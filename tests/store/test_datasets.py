@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import nemo_qwen_hidden
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.datasets import Batch, BatchLoader, DocumentBatches, RowBatches
-from nemo_qwen_hidden.store.reader import UnknownHookPointError, open_store
+from nemo_qwen_hidden.store.read.datasets import Batch, BatchLoader, DocumentBatches, RowBatches
+from nemo_qwen_hidden.store.read.reader import UnknownHookPointError, open_store
 from tests.store.crafted import PARTS, POINTS, Crafted, craft
 
 POINT = POINTS[2]

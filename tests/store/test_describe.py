@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_qwen_hidden.store.describe import as_dict, hook_point_lines, total_bytes
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.describe import as_dict, hook_point_lines, total_bytes
+from nemo_qwen_hidden.store.read.reader import open_store
 from tests.store.crafted import PARTS, Crafted, craft
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
-from nemo_qwen_hidden.store import export as export_module
-from nemo_qwen_hidden.store.export import export
-from nemo_qwen_hidden.store.reader import Store, UnknownHookPointError
+from nemo_qwen_hidden.store.read.reader import Store, UnknownHookPointError
+from nemo_qwen_hidden.store.upkeep import export as export_module
+from nemo_qwen_hidden.store.upkeep.export import export
 from tests.store.crafted import PARTS, POINTS, Crafted, craft
 
 NUMPY = {"fp32": np.float32, "bf16": np.float32, "fp16": np.float16, "int8": np.float32}

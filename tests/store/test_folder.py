@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store import session
 from nemo_qwen_hidden.store.folder import survey
+from nemo_qwen_hidden.store.write import session
 from tests.store.helpers import begin, finish, make_store, python, tree, truth, unfinished, write_states
 
 NEW = "must be a new folder, an empty one or a store; this one holds "
@@ -150,7 +150,7 @@ DENIED = """
 import os, sys
 from pathlib import Path
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store import session
+from nemo_qwen_hidden.store.write import session
 os.umask(0)
 if os.getuid() == 0:
     os.setgid(65534)

@@ -19,13 +19,13 @@ import pytest
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store import format as layout
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.check_shards import NORM_TOLERANCE
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.fields import Fields
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.statistics import BINS, ERROR_BITS, LIMIT, UNIT_BITS
+from nemo_qwen_hidden.store.upkeep.check_shards import NORM_TOLERANCE
+from nemo_qwen_hidden.store.write import session
 from tests.store.crafted import PARTS, craft
 from tests.store.helpers import make_store, unfinished
 

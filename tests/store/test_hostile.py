@@ -20,7 +20,7 @@ from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.header import read_header
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.upkeep.verify import verify
 from tests.store.crafted import craft, rewrite
 
 SHARD = "embed/000000.safetensors"

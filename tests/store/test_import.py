@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nemo_qwen_hidden
-from nemo_qwen_hidden.store import session
+from nemo_qwen_hidden.store.write import session
 from tests.store.helpers import python
 
 LOADED = (
@@ -19,8 +19,9 @@ LOADED = (
     [
         ("import nemo_qwen_hidden", ""),
         ("import nemo_qwen_hidden; nemo_qwen_hidden.HookPoint", ""),
-        ("from nemo_qwen_hidden.store import session, manifest, tokens", "numpy"),
-        ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store import describe, writer", "numpy torch"),
+        ("from nemo_qwen_hidden.store.write import session; from nemo_qwen_hidden.store.read import tokens", "numpy"),
+        ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store.read import describe", "numpy torch"),
+        ("from nemo_qwen_hidden.store.write import writer", "numpy torch"),
         ("from nemo_qwen_hidden import RowBatches, DocumentBatches, BatchLoader", "numpy torch"),
     ],
 )
@@ -30,7 +31,7 @@ def test_what_an_import_loads(statement: str, loaded: str) -> None:
 
 def test_public_names() -> None:
     from nemo_qwen_hidden.hookpoint import HookPoint
-    from nemo_qwen_hidden.store.reader import open_store
+    from nemo_qwen_hidden.store.read.reader import open_store
 
     assert nemo_qwen_hidden.open_store is open_store
     assert nemo_qwen_hidden.HookPoint is HookPoint

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import journal
 from nemo_qwen_hidden.store.entries import ShardEntry
-from nemo_qwen_hidden.store.journal import JournalWriter, Record
 from nemo_qwen_hidden.store.statistics import ShardStatistics, StoredError
+from nemo_qwen_hidden.store.write import journal
+from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
 from tests.store.helpers import FINAL, POINT, POINTS
 
 STATISTICS = ShardStatistics(rows=5, nan=0, inf=0, max_abs=1.5, max_abs_row=2, min_norm=0.1, max_norm=3.7)

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store import locks, session
-from nemo_qwen_hidden.store.locks import job_lock, rank_lock
-from nemo_qwen_hidden.store.writer import ShardWriter
+from nemo_qwen_hidden.store.write import locks, session
+from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock
+from nemo_qwen_hidden.store.write.writer import ShardWriter
 from tests.store.helpers import begin, tree
 
 HOLDS = """
 import sys
 from pathlib import Path
-from nemo_qwen_hidden.store.locks import job_lock, rank_lock
+from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock
 folder = Path(sys.argv[2])
 with job_lock(folder) if sys.argv[1] == "job" else rank_lock(folder, ()):
     print("held", flush=True)

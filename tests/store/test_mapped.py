@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store import ahead, mapped, maps, slots
-from nemo_qwen_hidden.store.reader import Store, open_store
+from nemo_qwen_hidden.store.read import ahead, mapped, maps, slots
+from nemo_qwen_hidden.store.read.reader import Store, open_store
 from tests.store.crafted import PARTS, POINTS, Crafted, craft
 
 POINT = POINTS[2]

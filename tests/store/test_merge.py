@@ -14,11 +14,11 @@ import torch
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError, UserError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store import merge as merge_module
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.merge import merge
-from nemo_qwen_hidden.store.reader import open_store
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.read.reader import open_store
+from nemo_qwen_hidden.store.upkeep import merge as merge_module
+from nemo_qwen_hidden.store.upkeep.merge import merge
+from nemo_qwen_hidden.store.upkeep.verify import verify
+from nemo_qwen_hidden.store.write import session
 from tests.store.crafted import POINTS, Crafted, craft, rewrite
 from tests.store.helpers import tree
 

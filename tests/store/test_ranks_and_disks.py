@@ -11,7 +11,7 @@ import torch
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import journal
+from nemo_qwen_hidden.store.write import journal
 from tests.store.helpers import POINT, Run, states, stored, writer
 
 
@@ -75,7 +75,7 @@ from pathlib import Path
 import torch
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store import journal
+from nemo_qwen_hidden.store.write import journal
 from tests.store.helpers import writer
 Run = namedtuple("Run", "first_row length")
 folder, point = Path(sys.argv[1]), HookPoint("embed")

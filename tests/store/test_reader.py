@@ -12,7 +12,7 @@ import torch
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.reader import UnknownHookPointError, open_store
+from nemo_qwen_hidden.store.read.reader import UnknownHookPointError, open_store
 from tests.store.crafted import LENGTHS, PARTS, POINTS, Crafted, craft, rewrite
 from tests.store.helpers import Made, begin
 

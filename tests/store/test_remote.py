@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from obstore.fsspec import register
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
-from nemo_qwen_hidden.store import remote
-from nemo_qwen_hidden.store.datasets import BatchLoader, RowBatches
-from nemo_qwen_hidden.store.reader import Store, open_store
-from nemo_qwen_hidden.store.source import Folder
+from nemo_qwen_hidden.store.read import remote
+from nemo_qwen_hidden.store.read.datasets import BatchLoader, RowBatches
+from nemo_qwen_hidden.store.read.reader import Store, open_store
+from nemo_qwen_hidden.store.read.source import Folder
 from tests.store.crafted import PARTS, POINTS, Crafted, craft, rewrite
 from tests.store.helpers import python
 

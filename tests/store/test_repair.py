@@ -11,12 +11,12 @@ import pytest
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError, UserError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store import repair as repair_module
-from nemo_qwen_hidden.store import session
 from nemo_qwen_hidden.store.entries import FileEntry
-from nemo_qwen_hidden.store.reader import open_store
-from nemo_qwen_hidden.store.repair import repair
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.read.reader import open_store
+from nemo_qwen_hidden.store.upkeep import repair as repair_module
+from nemo_qwen_hidden.store.upkeep.repair import repair
+from nemo_qwen_hidden.store.upkeep.verify import verify
+from nemo_qwen_hidden.store.write import session
 from tests.store.crafted import craft
 from tests.store.helpers import LENGTHS, POINT, Made, finish, make_store, tree, write_states, write_tokens
 

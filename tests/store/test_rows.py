@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.reader import open_store
 from tests.store.crafted import LENGTHS, POINTS, Crafted, craft
 
 SHARED = settings(max_examples=150, deadline=None)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from nemo_qwen_hidden.errors import CoverageError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import journal, session
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.reader import open_store
+from nemo_qwen_hidden.store.write import journal, session
 from tests.store.helpers import (
     LAYERS,
     LENGTHS,
@@ -254,7 +254,7 @@ FULL = """
 import sys
 from pathlib import Path
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store import session
+from nemo_qwen_hidden.store.write import session
 from tests.store.helpers import draft, empty_part
 path = Path(sys.argv[1]) / "store"
 with session.locked(path):

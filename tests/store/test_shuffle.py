@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.shuffle import REMAINDERS, Deal, Permutation
+from nemo_qwen_hidden.store.read.shuffle import REMAINDERS, Deal, Permutation
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097])

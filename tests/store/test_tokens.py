@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.entries import Part
-from nemo_qwen_hidden.store.token_writer import TokenTableWriter
-from nemo_qwen_hidden.store.tokens import DocumentInfo, PartTokens, TokenTable
+from nemo_qwen_hidden.store.read.tokens import DocumentInfo, PartTokens, TokenTable
+from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 from tests.store.helpers import python
 
 DOCUMENTS: tuple[list[int], ...] = ([5, 6, 7], [], [8], [1, 2, 3, 4])
@@ -113,7 +113,7 @@ def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, docum
 
 
 def test_line_ends_are_found_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_qwen_hidden.store.tokens._SCAN_BYTES", 7)
+    monkeypatch.setattr("nemo_qwen_hidden.store.read.tokens._SCAN_BYTES", 7)
     table = write(tmp_path)
     assert [table.document_info(i).id for i in range(4)] == [f"id {i}\n" for i in range(4)]
 
@@ -135,7 +135,7 @@ def test_token_ids_are_one_dimensional_int32(tmp_path: Path, ids: NDArray[Any]) 
 
 
 def test_too_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_qwen_hidden.store.token_writer._MOST_DOCUMENTS", 1)
+    monkeypatch.setattr("nemo_qwen_hidden.store.write.token_writer._MOST_DOCUMENTS", 1)
     with pytest.raises(StoreError, match="must hold at most 1 documents"):
         write(tmp_path)
 
@@ -145,7 +145,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.token_writer import TokenTableWriter
+from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
 writer = TokenTableWriter(Path(sys.argv[1]), shard_rows=5)
 try:
@@ -174,7 +174,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import numpy as np
-from nemo_qwen_hidden.store.token_writer import TokenTableWriter
+from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 ids = np.zeros(1000, np.int32)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

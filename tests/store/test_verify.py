@@ -15,10 +15,10 @@ from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store import session
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.header import read_header
-from nemo_qwen_hidden.store.verify import verify
+from nemo_qwen_hidden.store.upkeep.verify import verify
+from nemo_qwen_hidden.store.write import session
 from tests.store.crafted import PARTS, Crafted, craft, rewrite
 
 SHARD = "resid_post@3/000001.safetensors"
@@ -196,10 +196,10 @@ def test_what_the_numbers_contradict(
 def test_long_tables_are_read_some_at_a_time(
     store: Path, documents: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_tokens._DOCUMENTS_AT_ONCE", documents)
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_tokens._ROWS_AT_ONCE", rows)
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_tokens.BLOCK_BYTES", 4 * rows)
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_shards.BLOCK_BYTES", 4 * 6 * rows)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_tokens._DOCUMENTS_AT_ONCE", documents)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_tokens._ROWS_AT_ONCE", rows)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_tokens.BLOCK_BYTES", 4 * rows)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_shards.BLOCK_BYTES", 4 * 6 * rows)
     assert verify(store, full=True).findings == ()
     poke(store / TABLE, "position", 22, 7, "<i4")
     rehash(store, TABLE)
@@ -371,7 +371,7 @@ def test_a_fault_of_ours_is_no_finding(store: Path, monkeypatch: pytest.MonkeyPa
     def broken(*_: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("nemo_qwen_hidden.store.check_shards.Accumulator", broken)
+    monkeypatch.setattr("nemo_qwen_hidden.store.upkeep.check_shards.Accumulator", broken)
     with pytest.raises(RuntimeError, match="ours"):
         verify(store, full=True)
 

@@ -9,7 +9,7 @@ import torch
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.reader import open_store
+from nemo_qwen_hidden.store.read.reader import open_store
 from tests.store.crafted import EPS, PARTS, POINTS, Crafted, craft
 
 POINT, FINAL = POINTS[2:]

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from nemo_qwen_hidden.errors import CoverageError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import journal
 from nemo_qwen_hidden.store.files import write_all
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.shard import header_of
 from nemo_qwen_hidden.store.statistics import StoredError
+from nemo_qwen_hidden.store.write import journal
 from tests.store.helpers import FINAL, POINT, TORCH, Run, draft, empty_part, shard_files, states, stored, writer
 
 

@@ -39,7 +39,7 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
     from nemo_qwen_hidden.parallel.agree import wait_for_all
     from nemo_qwen_hidden.parallel.groups import process_groups
     from nemo_qwen_hidden.plan.microbatches import plan
-    from nemo_qwen_hidden.store.tokens import TokenTable
+    from nemo_qwen_hidden.store.read.tokens import TokenTable
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         if store:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store import journal, session
 from nemo_qwen_hidden.store.header import Header
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.shard import DIVISOR, SCALE, header_of
+from nemo_qwen_hidden.store.write import journal, session
 
 TOLERANCE = 5e-6
 

@@ -11,7 +11,7 @@ from nemo_qwen_hidden import extract
 from nemo_qwen_hidden.config import CaptureSettings, DataSettings, PrecisionSettings, Settings, StoreSettings
 from nemo_qwen_hidden.errors import ConfigErrors, DataError, StoreError, UserError
 from nemo_qwen_hidden.job import Job, prepare
-from nemo_qwen_hidden.store.tokens import TokenTable
+from nemo_qwen_hidden.store.read.tokens import TokenTable
 
 
 def settings(folder: Path, **store: Any) -> Settings:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_qwen_hidden.store.checked import BLOCK_BYTES, CheckedFile, digest_problem
 from nemo_qwen_hidden.store.entries import HookPointEntry, ShardEntry
 from nemo_qwen_hidden.store.format import Dtype, shard_name
 from nemo_qwen_hidden.store.header import ALIGNMENT_BYTES, Header, read_header
@@ -23,6 +22,7 @@ from nemo_qwen_hidden.store.statistics import (
     bins_of,
     decode,
 )
+from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, CheckedFile, digest_problem
 
 NORM_TOLERANCE = 1e-12  # relative: another processor may add up squares in another order
 _EXACT = ("rows", "nan", "inf", "max_abs", "max_abs_row")

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_qwen_hidden.errors import StoreError, raise_all
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.checked import BytesReport, no_report
 from nemo_qwen_hidden.store.files import sync_folder
 from nemo_qwen_hidden.store.folder import remove
 from nemo_qwen_hidden.store.format import MANIFEST, TOKENS, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.verify import Finding, Report, verify
+from nemo_qwen_hidden.store.upkeep.checked import BytesReport, no_report
+from nemo_qwen_hidden.store.upkeep.verify import Finding, Report, verify
+from nemo_qwen_hidden.store.write import session
 
 _REPLACED = ("store.path=", "store.add=", "store.overwrite=")
 

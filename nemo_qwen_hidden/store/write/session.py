@@ -19,7 +19,6 @@ from pathlib import Path
 from nemo_qwen_hidden.errors import CoverageError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet, union
-from nemo_qwen_hidden.store import journal
 from nemo_qwen_hidden.store.fields import Fields, load_json, to_json
 from nemo_qwen_hidden.store.files import naming_full_disk, naming_store, read_inside, sync_folder, write_durably
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, remove_if_empty, survey
@@ -36,12 +35,13 @@ from nemo_qwen_hidden.store.format import (
     human_bytes,
     shard_name,
 )
-from nemo_qwen_hidden.store.journal import JournalWriter, Record
-from nemo_qwen_hidden.store.locks import job_lock, rank_lock, wait_for_ranks
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.seal import seal
 from nemo_qwen_hidden.store.shard import header_of
 from nemo_qwen_hidden.store.statistics import StoredError
+from nemo_qwen_hidden.store.write import journal
+from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
+from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock, wait_for_ranks
+from nemo_qwen_hidden.store.write.seal import seal
 
 _MARKER_VERSION = 1
 _LOCK = ".lock"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.files import open_inside
 from nemo_qwen_hidden.store.header import Header
-from nemo_qwen_hidden.store.maps import map_bytes, map_tensors
+from nemo_qwen_hidden.store.read.maps import map_bytes, map_tensors
 
 MOST_READ_BYTES = 1 << 30  # a manifest of three million shards
 

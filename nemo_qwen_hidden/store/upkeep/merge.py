@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError, raise_all
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.checked import BLOCK_BYTES, BytesReport, Meter, no_report
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part, ShardEntry
 from nemo_qwen_hidden.store.fields import to_json
 from nemo_qwen_hidden.store.files import naming_full_disk, open_inside, sync_folder, write_durably
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, survey
 from nemo_qwen_hidden.store.format import JOURNAL, MANIFEST, MARKER, shard_name
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.merge_checks import differences, shared_data, shared_documents
-from nemo_qwen_hidden.store.tokens import lines_name, table_name
-from nemo_qwen_hidden.store.verify import read_manifest, verify
+from nemo_qwen_hidden.store.table import lines_name, table_name
+from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, BytesReport, Meter, no_report
+from nemo_qwen_hidden.store.upkeep.merge_checks import differences, shared_data, shared_documents
+from nemo_qwen_hidden.store.upkeep.verify import read_manifest, verify
+from nemo_qwen_hidden.store.write import session
 
 WORK = "merged"
 INTO = "--into"

@@ -11,27 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.columns import JoinedColumn
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields, load_json
-from nemo_qwen_hidden.store.format import TOKENS
-from nemo_qwen_hidden.store.source import Column, Folder, Source
+from nemo_qwen_hidden.store.read.columns import JoinedColumn
+from nemo_qwen_hidden.store.read.source import Column, Folder, Source
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW
 
-TOKEN_BYTES = 12  # of each row
-COLUMNS = ("token_id", "document", "position")
-FIRST_ROW = "document_first_row"
 _SCAN_BYTES = 1 << 22
 _INT32: np.dtype[Any] = np.dtype(np.int32)
-
-
-def table_name(part: int) -> str:
-    """File of the token table of part number ``part``."""
-    return f"{TOKENS}/{part:06d}.safetensors"
-
-
-def lines_name(part: int) -> str:
-    """File with a line for each document of part number ``part``."""
-    return f"{TOKENS}/{part:06d}.documents.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

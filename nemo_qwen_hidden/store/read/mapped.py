@@ -15,11 +15,11 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.maps import map_tensors
+from nemo_qwen_hidden.store.read.maps import map_tensors
+from nemo_qwen_hidden.store.read.slots import Slots
+from nemo_qwen_hidden.store.read.stored import Locator, StoredRows, check_shard
 from nemo_qwen_hidden.store.shard import MOMENTS, NORMS
-from nemo_qwen_hidden.store.slots import Slots
 from nemo_qwen_hidden.store.statistics import Sums
-from nemo_qwen_hidden.store.stored import Locator, StoredRows, check_shard
 
 THREADED_BYTES = 1 << 25  # below it threads are little gain, and on a busy machine they wait for each other
 _SCALE_BYTES = 4

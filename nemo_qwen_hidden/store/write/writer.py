@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.errors import CoverageError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store.encode import Encoded, encode
 from nemo_qwen_hidden.store.files import naming_store, write_all
 from nemo_qwen_hidden.store.format import JOURNAL, PARTIAL, Shard, shard_name
 from nemo_qwen_hidden.store.header import Header
-from nemo_qwen_hidden.store.journal import JournalWriter
-from nemo_qwen_hidden.store.locks import rank_lock
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.shard import DIVISOR, SCALE, header_of
 from nemo_qwen_hidden.store.statistics import StoredError
 from nemo_qwen_hidden.store.tensors import row_bytes
+from nemo_qwen_hidden.store.write.encode import Encoded, encode
+from nemo_qwen_hidden.store.write.journal import JournalWriter
+from nemo_qwen_hidden.store.write.locks import rank_lock
 
 QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 10.0

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.ahead import ReadAhead
 from nemo_qwen_hidden.store.files import open_inside
 from nemo_qwen_hidden.store.header import read_header
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.maps import Region
+from nemo_qwen_hidden.store.read.ahead import ReadAhead
+from nemo_qwen_hidden.store.read.maps import Region
+from nemo_qwen_hidden.store.read.stored import check_shard
 from nemo_qwen_hidden.store.shard import SCALE
-from nemo_qwen_hidden.store.stored import check_shard
 
 MOST_MAPS = 16_384  # of one store; Linux gives a process 65,530
 MOST_ADDRESSES_BYTES = 1 << 45  # of the 2**47 that a process has

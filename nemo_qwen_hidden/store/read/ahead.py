@@ -6,7 +6,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_qwen_hidden.store.maps import Region
+from nemo_qwen_hidden.store.read.maps import Region
 
 WINDOW_BYTES = 1 << 17  # what Linux reads by itself around a page that it lacks
 _SAMPLES = 4

@@ -20,12 +20,12 @@ from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.header import LENGTH_BYTES, Header, TensorSpec, header_length, parse_header
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.maps import NUMPY_DTYPES, view_of
-from nemo_qwen_hidden.store.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.maps import NUMPY_DTYPES, view_of
+from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.source import Column, Folder, check_small
+from nemo_qwen_hidden.store.read.stored import Locator, StoredRows, check_shard
 from nemo_qwen_hidden.store.shard import MOMENTS, NORMS, SCALE
-from nemo_qwen_hidden.store.source import Column, Folder, check_small
 from nemo_qwen_hidden.store.statistics import Sums
-from nemo_qwen_hidden.store.stored import Locator, StoredRows, check_shard
 
 GAP_BYTES = 1 << 14  # between rows that one request gets
 REQUEST_BYTES = 1 << 23  # at most

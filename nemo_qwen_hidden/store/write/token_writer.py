@@ -18,7 +18,7 @@ from nemo_qwen_hidden.store.entries import FileEntry, Part
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder
 from nemo_qwen_hidden.store.format import TEMPORARY, TOKENS
 from nemo_qwen_hidden.store.header import TensorSpec, build_header
-from nemo_qwen_hidden.store.tokens import COLUMNS, FIRST_ROW, lines_name, table_name
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, lines_name, table_name
 
 _BUFFER_BYTES = 1 << 20
 _MOST_DOCUMENTS = 2**31 - 1

@@ -14,10 +14,14 @@ from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import SITES, HookPoint, by_depth
-from nemo_qwen_hidden.store import session
-from nemo_qwen_hidden.store.check_shards import shard_problems
-from nemo_qwen_hidden.store.check_tokens import TableCheck, architecture_of, norm_problems
-from nemo_qwen_hidden.store.checked import (
+from nemo_qwen_hidden.store.entries import FileEntry, ShardEntry
+from nemo_qwen_hidden.store.files import read_inside
+from nemo_qwen_hidden.store.folder import survey
+from nemo_qwen_hidden.store.format import FINAL_NORM_FILE, MANIFEST, MARKER
+from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.upkeep.check_shards import shard_problems
+from nemo_qwen_hidden.store.upkeep.check_tokens import TableCheck, architecture_of, norm_problems
+from nemo_qwen_hidden.store.upkeep.checked import (
     BytesReport,
     CheckedFile,
     Meter,
@@ -26,12 +30,8 @@ from nemo_qwen_hidden.store.checked import (
     short,
     words_of,
 )
-from nemo_qwen_hidden.store.entries import FileEntry, ShardEntry
-from nemo_qwen_hidden.store.files import read_inside
-from nemo_qwen_hidden.store.folder import survey
-from nemo_qwen_hidden.store.foreign import strangers
-from nemo_qwen_hidden.store.format import FINAL_NORM_FILE, MANIFEST, MARKER
-from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.upkeep.foreign import strangers
+from nemo_qwen_hidden.store.write import session
 
 _MOST_THREADS = 16
 

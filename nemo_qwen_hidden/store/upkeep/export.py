@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.checked import BytesReport, no_report
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder
 from nemo_qwen_hidden.store.format import human_bytes
-from nemo_qwen_hidden.store.reader import Store, open_store
-from nemo_qwen_hidden.store.views import HookPointView
+from nemo_qwen_hidden.store.read.reader import Store, open_store
+from nemo_qwen_hidden.store.read.views import HookPointView
+from nemo_qwen_hidden.store.upkeep.checked import BytesReport, no_report
 
 FORMATS = ("parquet", "npy")
 OUT = "--out"

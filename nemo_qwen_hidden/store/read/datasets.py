@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.reader import Store
-from nemo_qwen_hidden.store.shuffle import Deal
-from nemo_qwen_hidden.store.views import HookPointView
+from nemo_qwen_hidden.store.read.reader import Store
+from nemo_qwen_hidden.store.read.shuffle import Deal
+from nemo_qwen_hidden.store.read.views import HookPointView
 
 HookPoints = Iterable[str | HookPoint | HookPointView]
 Batch = dict[str, torch.Tensor]

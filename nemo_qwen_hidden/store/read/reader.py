@@ -21,16 +21,16 @@ from nemo_qwen_hidden.store.fields import load_json
 from nemo_qwen_hidden.store.folder import describe_marker
 from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.mapped import MappedShards
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.mapped import MappedShards
+from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.source import Folder, Source
+from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
+from nemo_qwen_hidden.store.read.tokens import TokenTable
+from nemo_qwen_hidden.store.read.views import HookPointView
 from nemo_qwen_hidden.store.shard import DIVISOR
-from nemo_qwen_hidden.store.source import Folder, Source
 from nemo_qwen_hidden.store.statistics import Statistics, merge
-from nemo_qwen_hidden.store.stored import ShardReader, check_shard
 from nemo_qwen_hidden.store.tensors import read_dtype
-from nemo_qwen_hidden.store.tokens import TokenTable
-from nemo_qwen_hidden.store.views import HookPointView
 
 _MOST_BYTES = 1 << 62  # offsets stay within int64
 
@@ -54,7 +54,7 @@ def open_store(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
         StoreError: the manifest is not what it should be; names file and field.
     """
     if isinstance(path, str) and ("://" in path or "::" in path):
-        from nemo_qwen_hidden.store.remote import RemoteShards, open_url  # fsspec is imported for this alone
+        from nemo_qwen_hidden.store.read.remote import RemoteShards, open_url  # fsspec is imported for this alone
 
         source = open_url(path, storage_options or {})
         if not isinstance(source, Folder):

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import EMBED, RESID_POST, HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
-from nemo_qwen_hidden.store.rows import Rows
+from nemo_qwen_hidden.store.read.rows import Rows
 from nemo_qwen_hidden.store.statistics import Statistics, StoredError
 
 if TYPE_CHECKING:
-    from nemo_qwen_hidden.store.reader import Store
+    from nemo_qwen_hidden.store.read.reader import Store
 
 RESIDUAL_SITES = (EMBED, RESID_POST)
 

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.checked import BLOCK_BYTES, CheckedFile, digest_problem
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.header import Header, TensorSpec, read_header
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.tokens import COLUMNS, FIRST_ROW, lines_name, table_name
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, lines_name, table_name
+from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, CheckedFile, digest_problem
 
 _DOCUMENTS_AT_ONCE = 1 << 16
 _ROWS_AT_ONCE = 1 << 18

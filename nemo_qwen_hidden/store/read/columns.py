@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_qwen_hidden.store.rows import Rows, resolve
-from nemo_qwen_hidden.store.source import Column
+from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.source import Column
 
 
 class JoinedColumn:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_qwen_hidden.store.describe import as_dict
-from nemo_qwen_hidden.store.reader import Store
-from nemo_qwen_hidden.store.verify import unfinished_job
+from nemo_qwen_hidden.store.read.describe import as_dict
+from nemo_qwen_hidden.store.read.reader import Store
+from nemo_qwen_hidden.store.upkeep.verify import unfinished_job
 
 
 @dataclass(frozen=True, kw_only=True)

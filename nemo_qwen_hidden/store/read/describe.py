@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_qwen_hidden.store.entries import HookPointEntry
-from nemo_qwen_hidden.store.reader import Store
+from nemo_qwen_hidden.store.read.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
