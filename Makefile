@@ -9,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv extract test lint real test-gpu clean
+.PHONY: help venv extract test lint real torture test-gpu clean
 
 help:  ## Lists the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,9 @@ real: venv  ## Real Qwen2.5 weights (or the folder in NQH_REAL_MODEL): a run ove
 	$(BIN)/nemo-qwen-hidden extract model.path="$$model" data.path="$$sources/**/*.py" \
 	    store.path=out/real store.overwrite=true; \
 	NQH_REAL_MODEL="$$model" $(BIN)/python -m pytest -m real -raP
+
+torture: venv  ## Kills runs KILLS times (100), at moments that SEED (1) chooses, and checks every promise of the store.
+	$(BIN)/python -m tests.torture --kills $(or $(KILLS),100) --seed $(or $(SEED),1)
 
 test-gpu: venv  ## Tests that need a CUDA device.
 	$(BIN)/python -m pytest -m gpu

@@ -355,6 +355,8 @@ def _run_gathering(
 
 def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
     """Divides the shards that are whole among the ranks that see the store, each of which finishes its own."""
+    import torch
+
     from nemo_qwen_hidden.parallel.agree import on_rank_0, wait_for_all
 
     path, manifest, rank = job.store_path, begun.manifest, groups.place.rank
@@ -362,7 +364,7 @@ def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
     sealing = 1 if job.settings.capture.gather == "rank0" else groups.topology.world
     mine = shards[rank::sealing] if rank < sealing else []
     if mine:
-        session.seal_shards(path, manifest, mine, record.errors, rank=rank)
+        session.seal_shards(path, manifest, mine, record.errors, rank=rank, threads=torch.get_num_threads())
     wait_for_all(groups)
 
 

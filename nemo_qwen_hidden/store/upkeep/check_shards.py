@@ -146,7 +146,7 @@ class _Values:
         most, least = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
         for row in range(0, self._rows, self._block_rows):
             block = self._file.at(self._start + row * self._row_bytes, self._size(row))
-            values_nH = self._decoded(self._shaped(block), row)
+            values_nH = self._decoded(self._shaped(block), row).astype(np.float64)
             counted_nH = values_nH[(np.abs(values_nH) < LIMIT).all(axis=1)]
             norms = np.sqrt((counted_nH * counted_nH).sum(axis=1))
             most += np.bincount(bins_of(norms * (1 - NORM_TOLERANCE)), minlength=BINS)
@@ -161,7 +161,7 @@ class _Values:
     def _shaped(self, block: NDArray[np.uint8]) -> NDArray[np.generic]:
         return block.view(self._dtype.container).reshape(-1, self._hidden_size)
 
-    def _decoded(self, stored_nH: NDArray[np.generic], row: int) -> NDArray[np.float64]:
+    def _decoded(self, stored_nH: NDArray[np.generic], row: int) -> NDArray[np.float32]:
         scale = None if self._scale_n is None else self._scale_n[row : row + len(stored_nH)]
         with np.errstate(all="ignore"):  # whatever the bytes are, they are numbers
             return decode(stored_nH, self._dtype, scale)

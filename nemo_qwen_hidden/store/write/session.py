@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from pathlib import Path
 from nemo_qwen_hidden.errors import CoverageError, StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet, union
+from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.fields import Fields, load_json, to_json
 from nemo_qwen_hidden.store.files import naming_full_disk, naming_store, read_inside, sync_folder, write_durably
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, remove_if_empty, survey
@@ -230,20 +232,31 @@ def to_seal(path: Path, target: Manifest) -> tuple[Record, list[Shard]]:
 
 
 def seal_shards(
-    path: Path, target: Manifest, shards: Iterable[Shard], errors: Mapping[Shard, StoredError], *, rank: int
+    path: Path,
+    target: Manifest,
+    shards: Iterable[Shard],
+    errors: Mapping[Shard, StoredError],
+    *,
+    rank: int,
+    threads: int = 1,
 ) -> None:
-    """Finishes some shards, this rank's share of those that ``to_seal`` has named.
+    """Finishes some shards, this rank's share of those that ``to_seal`` has named; ``threads`` of them at a time.
 
     Args:
         errors: what storing the rows of each shard cost.
     """
-    with (
-        naming_store(path, JOURNAL),
-        rank_lock(path, target.producers),
-        closing(JournalWriter(path, rank)) as written,
-    ):
-        for shard in shards:
-            written.sealed(shard, seal(path, target, shard, errors.get(shard)))
+
+    def finished(shard: Shard) -> tuple[Shard, ShardEntry]:
+        return shard, seal(path, target, shard, errors.get(shard))
+
+    with ExitStack() as stack:
+        stack.enter_context(naming_store(path, JOURNAL))
+        stack.enter_context(rank_lock(path, target.producers))
+        written = stack.enter_context(closing(JournalWriter(path, rank)))
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for shard, entry in pool.map(finished, shards):
+            written.sealed(shard, entry)
 
 
 def finish(path: Path, target: Manifest) -> Manifest:
