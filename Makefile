@@ -46,6 +46,7 @@ real: venv  ## Real Qwen2.5 weights (or the folder in NQH_REAL_MODEL): a run ove
 	NQH_REAL_MODEL="$$model" $(BIN)/python -m pytest -m real -raP
 
 torture: venv  ## Kills runs KILLS times (100), at moments that SEED (1) chooses, and checks every promise of the store.
+	$(BIN)/python -m tests.torture.every_call --seed $(or $(SEED),1)
 	$(BIN)/python -m tests.torture --kills $(or $(KILLS),100) --seed $(or $(SEED),1)
 
 test-gpu: venv  ## Tests that need a CUDA device.

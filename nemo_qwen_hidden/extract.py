@@ -20,7 +20,7 @@ from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
-from nemo_qwen_hidden.errors import StoreError, status_of
+from nemo_qwen_hidden.errors import DataError, StoreError, status_of
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel.heap import HeapTrimmer
@@ -36,6 +36,7 @@ from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.shard import shard_bytes
 from nemo_qwen_hidden.store.table import TOKEN_BYTES
+from nemo_qwen_hidden.store.upkeep.merge_checks import shared_documents
 from nemo_qwen_hidden.store.write import session
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 
@@ -118,6 +119,7 @@ def begin(job: Job, report: Report = silent) -> Begun:
     found = session.Found(finished=None, unfinished=None) if overwrite else session.find(path)
     target.check_settings(job, found, model)
     if job.settings.store.add == "hook_points" and found.finished is not None:
+        report(Phase("taking the rows of the store; data.path is not read"))
         wanted = found.unfinished or target.with_hook_points(job, found.finished)
         return _begin(job, found, wanted, norm, target.HOOK_POINTS, started)
     report(Phase("tokenizing"))
@@ -129,10 +131,22 @@ def begin(job: Job, report: Report = silent) -> Begun:
         if found.unfinished is not None:
             wanted = found.unfinished
         elif found.finished is not None:
+            if known is None:
+                _check_new(job, found.finished, part, staged)
             wanted = found.finished if known else target.with_documents(found.finished, part)
         else:
             wanted = target.new(job, part, model, tokenizer, norm)
         return _begin(job, found, wanted, norm, target.DOCUMENTS if adds else target.NEW, started, staged=staged)
+
+
+def _check_new(job: Job, store: Manifest, part: Part, staged: Path) -> None:
+    """Whether documents that are to be added are new to the store, by their ids: a pattern of files that has grown
+    would give the old ones again."""
+    folders, manifests = [job.store_path, staged], [store, replace(store, parts=(part,))]
+    clash = next(shared_documents(folders, manifests), None)
+    if clash is not None:
+        rule = f"must give no document whose id the store at {job.store_path} holds already"
+        raise DataError("data.path", rule, clash.value)
 
 
 def _tokenized(job: Job, staged: Path, number: int) -> tuple[Part, str | None]:

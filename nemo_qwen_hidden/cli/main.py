@@ -48,18 +48,24 @@ most used settings (--settings lists all, with their defaults and presets):
   parallel.tp=2 parallel.pp=2 parallel.dp=2 parallel.sp=true
                                  tensor, pipeline, data, sequence parallel
   precision.compute=bf16 precision.stored=bf16
-                                 fp32 (the default), bf16 or fp16
+                                 fp32 (the default), bf16 or fp16; stored also
+                                 int8, with a scale for each row
   data.max_tokens=2048           longer documents are run in windows
 """
 
 _EXTRACT = (
     _SETTINGS
     + """\
-  store.path=FOLDER              for the hidden states: a new or empty folder
+  store.path=FOLDER              for the hidden states: a new or empty folder,
+                                 or a store of this job to go on with
   store.overwrite=true           replace an earlier store there
+  store.add=hook_points          to a finished store, over its own rows:
+                                 data.path is not read
+  store.add=documents            to a finished store, at its end
 
-Without torchrun, the ranks asked for are started on this machine, and Ctrl-C
-ends them all. Libraries' messages go to FOLDER.log.
+After Ctrl-C or a crash the same command goes on, in any layout, and runs only
+what is missing. Without torchrun, the ranks asked for are started on this
+machine. Libraries' messages go to FOLDER.log.
 
 examples:
   nemo-qwen-hidden extract store.path=out/demo
@@ -73,8 +79,8 @@ _PLAN = (
     _SETTINGS
     + """
 Takes what extract takes, reads and tokenizes the data, and says how many rows,
-shards and bytes there would be and what each rank would hold. Loads no weights
-and writes nothing.
+shards and bytes a new store would have and what each rank would hold.
+Loads no weights, writes nothing, and does not look at what is at store.path.
 
 example:
   nemo-qwen-hidden plan model.path=Qwen/Qwen2.5-7B parallel.tp=4 data.path=texts

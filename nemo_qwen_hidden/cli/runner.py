@@ -16,6 +16,7 @@ from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase
+from nemo_qwen_hidden.target import RESUMED
 
 if TYPE_CHECKING:
     from nemo_qwen_hidden.parallel.groups import ProcessGroups
@@ -118,6 +119,8 @@ def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
             return extract.finish(job, begun, [])
         try:
             bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
+            if begun.work == RESUMED:
+                bar(Phase(f"resuming: {len(begun.missing):,} of {begun.manifest.rows:,} tokens are to be run"))
             bar(Phase("starting ranks"))
             results = launch.run_ranks(
                 _started, (job, begun), world=job.topology.world, log=log.path, on_event=lambda rank, event: bar(event)

@@ -17,7 +17,7 @@ def summary(done: Summary, terminal: Terminal) -> None:
     size = sum(file.bytes for file in manifest.files())
     facts = [
         ("store", str(done.path)),
-        ("rows", f"{manifest.rows:,} tokens of {manifest.documents:,} documents"),
+        ("rows", f"{manifest.rows:,} tokens of {_count(manifest.documents, 'document')}"),
         ("hook points", _some([str(point) for point in manifest.points])),
         ("size", f"{human_bytes(size)} in {manifest.stored_dtype}, {manifest.hidden_size:,} values a row"),
     ]
@@ -59,7 +59,7 @@ def _plan_rows(job: Job, *, documents: int, rows: int, windows: int) -> Facts:
         ("model", str(job.model_folder)),
         ("layers", f"{job.num_layers} of {shape.num_layers} are run, in {settings.precision.compute}"),
         ("data", job.data_path),
-        ("rows", f"{rows:,} tokens of {documents:,} documents"),
+        ("rows", f"{rows:,} tokens of {_count(documents, 'document')}"),
         ("windows", f"{windows:,} of at most {job.batching.max_tokens:,} tokens"),
         ("hook points", _some([str(point) for point in job.points])),
         ("layout", f"{job.topology}: {_count(job.topology.world, 'rank')}"),

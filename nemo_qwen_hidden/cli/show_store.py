@@ -45,7 +45,7 @@ def store(opened: "Store", terminal: Terminal) -> None:
 
 def verified(report: "Report", terminal: Terminal) -> None:
     """What a verification found."""
-    terminal.table(_verified_facts(report), "verified")
+    terminal.table(_verified_facts(report), "damaged" if report.findings else "verified")
     if report.findings:
         rows = [(finding.file, _rows(finding.rows), finding.what) for finding in report.findings[:SHOWN_FINDINGS]]
         left = len(report.findings) - len(rows)
@@ -55,7 +55,7 @@ def verified(report: "Report", terminal: Terminal) -> None:
 
 def repaired(done: "Repair", terminal: Terminal) -> None:
     """What a repair dropped, and what to run now."""
-    terminal.table(_verified_facts(done.found), "verified")
+    terminal.table(_verified_facts(done.found), "repaired" if done.found.findings else "verified")
     if not done.found.findings:
         terminal.line("nothing to repair")
         return

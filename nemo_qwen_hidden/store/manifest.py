@@ -106,7 +106,9 @@ class Manifest:
         cls._check_version(fields)
         digest = fields.text("sha256")
         if digest != _digest(text, digest):
-            raise fields.error("sha256", f"must be {_digest(text, digest)}, of which the file has been changed", digest)
+            raise fields.error(
+                "sha256", f"must be {_digest(text, digest)}: the file was changed after it was written", digest
+            )
         manifest = cls.parse(fields)
         missing = next(manifest.missing(), None)
         if missing is not None:

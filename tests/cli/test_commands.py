@@ -119,7 +119,7 @@ def test_plan_then_extract_then_inspect(
     out, err = capfd.readouterr()
     inspected = facts(out)
     assert err == ""
-    assert len(out.splitlines()) <= 35
+    assert len(out.splitlines()) <= 40
     assert inspected["rows"] == planned["rows"]
     assert inspected["dtype"] == "bf16 stored, fp32 computed"
     assert inspected["architecture"].startswith("qwen2, layers 3, hidden 64, heads 4, key/value heads 2")

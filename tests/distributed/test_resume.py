@@ -107,6 +107,11 @@ def test_documents_are_added(settings: Settings, run: Any, tmp_path: Path) -> No
     assert len(store.document(len(FIRST))) == SECOND[0]
     summary, _ = run(added)
     assert summary.work is None
+    grown = tmp_path / "grown.jsonl"
+    grown.write_text((tmp_path / "second.jsonl").read_text() + '{"id": "new", "token_ids": [1]}\n')
+    with pytest.raises(UserError, match=r"`data.path` must give no document whose id the store at .* is 'second-0'"):
+        run(replace(added, data=replace(second, path=str(grown))))
+    assert open_store(store.path).documents == store.documents
 
 
 def test_hook_points_are_added_to_several_parts(settings: Settings, run: Any, tmp_path: Path) -> None:

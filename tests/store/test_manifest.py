@@ -87,7 +87,7 @@ def test_the_digest_is_that_of_the_file_with_zeros_in_its_place() -> None:
 
 def test_whatever_is_changed_is_noticed() -> None:
     text = MANIFEST.to_json()
-    with pytest.raises(StoreError, match=r"manifest.json: sha256` must be [0-9a-f]{64}, of which the file"):
+    with pytest.raises(StoreError, match=r"manifest.json: sha256` must be [0-9a-f]{64}: the file was changed"):
         Manifest.from_json(text.replace(b"tiny", b"tidy"))
 
 

@@ -160,7 +160,6 @@ def test_all_differences_are_told_together(stores: list[Crafted], tmp_path: Path
         "dtypes.stored",
         "model.architecture",
         "hook_points",
-        "hook_points.labels",
         "final_norm.sha256",
         "data.max_tokens",
     ]

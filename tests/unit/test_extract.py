@@ -143,3 +143,12 @@ def test_overwriting_starts_again(tmp_path: Path) -> None:
     write(tmp_path, [1, 2, 3])
     again = begun(settings(tmp_path, overwrite=True))
     assert (again.work, again.manifest.rows, len(again.manifest.producers)) == ("new store", 3, 1)
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [1, 2])
+    store = tmp_path / "deep" / "store"
+    (store / "tokens").mkdir(parents=True)
+    (store / "manifest.json").write_text('{"format": "nemo')
+    with pytest.raises(StoreError, match=r"store/manifest.json` must be the manifest of a store; it is damaged, or"):
+        begun(settings(tmp_path))

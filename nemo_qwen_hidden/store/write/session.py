@@ -69,6 +69,9 @@ def check_target(path: Path) -> None:
         existing = _nearest_existing(path)
         if existing == path:
             contents = survey(path)
+            if contents.foreign and not contents.finished and (path / MANIFEST).is_file() and (path / TOKENS).is_dir():
+                rule = "must be the manifest of a store; it is damaged, or of something else: take it from a copy, or "
+                raise StoreError(str(path / MANIFEST), f"{rule}delete the folder to start again", "unreadable")
             if contents.foreign:
                 stranger = contents.foreign[0]
                 rule = f"must be a new folder, an empty one or a store; this one holds `{stranger}`, part of none"
