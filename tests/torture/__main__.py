@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layouts", default="tp2,pp2,dp2", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/torture"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "torture")
     asked = parser.parse_args()
     folder = (asked.folder / f"seed-{asked.seed}").absolute()
     shutil.rmtree(folder, ignore_errors=True)

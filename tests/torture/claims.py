@@ -30,9 +30,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_claims(store: Path, reference: Path, *, same: bool, cut: bool) -> str:
+def check_claims(store: Path, reference: Path, *, same: bool, cut: bool, replacing: bool = False) -> str:
     """What is claimed after a crash, held against an undisturbed store. same: byte for byte. cut: the power went, so
-    that what is claimed may have lost its file's name. Says how much is claimed."""
+    that what is claimed may have lost its file's name. replacing: other documents' token table may still be there.
+    Says how much is claimed."""
     if (store / "manifest.json").exists():
         _check_manifest(store)
     if not (store / "unfinished.json").exists():
@@ -41,7 +42,7 @@ def check_claims(store: Path, reference: Path, *, same: bool, cut: bool) -> str:
     assert target is not None
     for part in target.parts:
         for file in (part.tokens, part.lines):
-            if (store / file.file).exists():
+            if not replacing and (store / file.file).exists():
                 insist(sha256(store / file.file) == file.sha256, "a token table is not what it claims", file.file)
     if not (store / "journal").is_dir():
         return "begun"

@@ -43,8 +43,11 @@ class Run:
     def __init__(self, settings: Settings, watch: Watch, log: Path) -> None:
         self._watch, self._said = watch, watch.folder / "said.txt"
         for path in watch.pids.iterdir():
-            path.unlink()
+            if not _alive(int(path.name)):  # orphans of an earlier run die with this one, as when the power goes
+                path.unlink()
         self._said.write_text("")
+        # CPython's server ends when a client is killed between its connecting and its first message (3.11).
+        launch.warm_up(log)
         self.started = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:

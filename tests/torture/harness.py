@@ -176,8 +176,10 @@ class _Trial:
         return killed
 
     def _deadly_call(self) -> tuple[Watch, str]:
-        """Any of the calls that the undisturbed job made."""
-        role, name = self._chance.choice(self._pace.calls)
+        """Any of the calls that the undisturbed job made, of which the coordinator's are few and the most delicate."""
+        roles = sorted({role for role, _ in self._pace.calls})
+        role = self._chance.choice(roles)
+        name = self._chance.choice([name for other, name in self._pace.calls if other == role])
         most = sum(call == (role, name) for call in self._pace.calls)
         which = 1 + int(most * self._chance.random() ** 1.5)
         moment = self._chance.choice(["before", "half", "after"])

@@ -119,9 +119,11 @@ def _undo_names(history: _History, chance: random.Random) -> list[str]:
             continue
         kept = chance.choice([0, len(steps), chance.randint(0, len(steps))])
         undone += steps[kept:]
+    # What was done in a folder that was durably removed afterwards cannot be undone in a later one of the same name.
+    removed = {step.fields[0]: step.started for step in history.steps if step.kind == "d" and step not in undone}
     said = []
     for step in sorted(undone, key=lambda step: step.started, reverse=True):
-        if _undo(step):
+        if step.started > removed.get(step.folder, -1) and _undo(step):
             said.append(f"undid {step.kind} {' '.join(map(str, step.fields[:2]))}")
     return said
 
