@@ -16,6 +16,7 @@ from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase
+from nemo_qwen_hidden.store.format import MARKER
 from nemo_qwen_hidden.target import RESUMED
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
 
 
 def _unfinished(job: Job) -> str:
+    if not (job.store_path / MARKER).is_file():
+        return f"nothing of the run is left at {job.store_path}"
     without = " without store.overwrite=true" if job.settings.store.overwrite else ""
     return f"{job.store_path} is unfinished; the same command{without} goes on from there"
 
