@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,10 @@ from nemo_qwen_hidden.provenance import model_of, norm_file_of, producer_of
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.read.document_ids import shared_documents
 from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.shard import shard_bytes
 from nemo_qwen_hidden.store.table import TOKEN_BYTES
-from nemo_qwen_hidden.store.upkeep.merge_checks import shared_documents
 from nemo_qwen_hidden.store.write import session
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 
@@ -63,7 +64,7 @@ class Begun:
     done: Mapping[HookPoint, RowSet]
     started: float
 
-    @property
+    @cached_property
     def missing(self) -> RowSet:
         """The rows that have to be run: those that some hook point lacks."""
         return union(rows.complement(0, self.manifest.rows) for rows in self.done.values())
@@ -71,10 +72,9 @@ class Begun:
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """rows: that this rank ran. seconds: of computing and writing, without start-up. peak_bytes: the most memory that
-    the process held, files that it mapped included."""
+    """seconds: of computing and writing, without start-up. peak_bytes: the most memory that the process held, files
+    that it mapped included."""
 
-    rows: int
     seconds: float
     peak_bytes: int
 
@@ -187,7 +187,7 @@ def _begin(
     staged: Path | None = None,
 ) -> Begun:
     path = job.store_path
-    if found.unfinished is None and wanted.parts and next(wanted.missing(), None) is None:
+    if found.unfinished is None and next(wanted.missing(), None) is None:
         done = {point: RowSet([(0, wanted.rows)]) for point in wanted.points}
         return Begun(manifest=wanted, work=None, done=done, started=started)
     work = target.RESUMED if found.unfinished is not None else work
@@ -235,7 +235,6 @@ def run(
         report(Phase("finishing shards"))
     _seal(job, begun, groups)
     return RankResult(
-        rows=len(begun.missing),
         seconds=time.perf_counter() - start,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

@@ -70,14 +70,8 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
         raise
     except Exception as error:
         fault = RankError(_fault(error, log))
-        for note in notes_of(error):
-            fault.add_note(note)
+        fault.add_note(_unfinished(job))
         raise fault from error
-
-
-def notes_of(error: BaseException) -> list[str]:
-    """What is to be said after the error itself."""
-    return getattr(error, "__notes__", [])
 
 
 def _fault(error: Exception, log: Log) -> str:
@@ -89,16 +83,20 @@ def _fault(error: Exception, log: Log) -> str:
 
 
 @contextmanager
-def _saying_at_once(terminal: Terminal, log: Log, note: str = "") -> Iterator[None]:
+def _saying_at_once(terminal: Terminal, log: Log, running: Job | None = None) -> Iterator[None]:
     """Says what is raised inside, and raises PeerError for it. A rank of torchrun's cannot leave that to ``main``: when
-    its peers notice and end, torchrun ends it too, perhaps before it gets there."""
+    its peers notice and end, torchrun ends it too, perhaps before it gets there.
+
+    running: the job whose rows are being made, of which is said what is left.
+    """
     try:
         yield
     except PeerError:
         raise
     except Exception as error:
         terminal.error(str(error) if isinstance(error, UserError) else _fault(error, log))
-        terminal.error(note)
+        if running is not None:
+            terminal.error(_unfinished(running))
         raise PeerError(status_of(error)) from error
 
 
@@ -136,9 +134,6 @@ def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
             raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_unfinished(job)) from None
-        except Exception as error:
-            error.add_note(_unfinished(job))
-            raise
 
 
 def _unfinished(job: Job) -> str:
@@ -184,7 +179,7 @@ def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
             if begun.work is None:
                 return extract.finish(job, begun, []) if groups.place.rank == 0 else None
             bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
-            with _saying_at_once(terminal, log, note=_unfinished(job)):
+            with _saying_at_once(terminal, log, running=job):
                 result = _run_among_others(job, begun, groups, bar, pulse)
             results = gather_values(result, groups)
             summary = on_rank_0(finish, groups, status_of=status_of)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.store.fields import Fields
-from nemo_qwen_hidden.store.format import Dtype
+from nemo_qwen_hidden.store.format import Dtype, Shard
 
 BLOCK_ROWS = 128  # small enough for a processor's cache
 UNIT_BITS = 40
@@ -101,6 +101,11 @@ class StoredError:
 
     def as_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "squares_2e-50": self.units, "max": self.max, **self.extra}
+
+
+def add_error(errors: dict[Shard, StoredError], shard: Shard, error: StoredError) -> None:
+    """Counts what storing some rows of a shard cost."""
+    errors[shard] = errors[shard] + error if shard in errors else error
 
 
 @dataclass(frozen=True, kw_only=True)

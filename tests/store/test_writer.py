@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,19 @@ from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.shard import header_of
 from nemo_qwen_hidden.store.statistics import StoredError
 from nemo_qwen_hidden.store.write import journal
-from tests.store.helpers import FINAL, POINT, TORCH, Run, draft, empty_part, shard_files, states, stored, writer
+from tests.store.helpers import (
+    FINAL,
+    POINT,
+    TORCH,
+    Run,
+    draft,
+    empty_part,
+    shard_files,
+    states,
+    stored,
+    target_of,
+    writer,
+)
 
 
 def as_stored(values: NDArray[np.float32], dtype: str) -> tuple[bytes, bytes]:
@@ -439,3 +452,20 @@ def test_several_shards_of_one_write(tmp_path: Path) -> None:
         out.write(POINT, [Run(1, 9)], states(9))
     assert [path.name[:6] for path in shard_files(tmp_path)] == [f"{number:06d}" for number in range(5)]
     assert torch.equal(stored(tmp_path)[1:10], states(9))
+
+
+def test_divisors_are_written_beside_the_rows_and_checked_first(tmp_path: Path) -> None:
+    plain = target_of()
+    points = tuple(replace(entry, divisor=entry.point == FINAL) for entry in plain.hook_points)
+    target = replace(plain, hook_points=points)
+    divisor = torch.arange(24, dtype=torch.float32)[::2]  # not contiguous
+    with writer(tmp_path, target) as open_writer:
+        wrong = (None, divisor[:5], divisor.double(), divisor.reshape(3, 4))
+        for bad in wrong:
+            with pytest.raises(ValueError, match=r"divisors .*must be"):
+                open_writer.write(FINAL, [Run(0, 12)], states(), bad)
+        with pytest.raises(ValueError, match=r"divisors of resid_post@3 must be None"):
+            open_writer.write(POINT, [Run(0, 12)], states(), divisor)
+        open_writer.write(FINAL, [Run(0, 12)], states(), divisor)
+    assert torch.equal(stored(tmp_path, FINAL, tensor="divisor"), divisor)
+    assert torch.equal(stored(tmp_path, FINAL), states())

@@ -3,9 +3,10 @@
 Legend: N rows of the store, n rows asked for, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -13,13 +14,36 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import EMBED, RESID_POST, HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
+from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.rows import Rows
 from nemo_qwen_hidden.store.statistics import Statistics, StoredError
 
-if TYPE_CHECKING:
-    from nemo_qwen_hidden.store.read.reader import Store
-
 RESIDUAL_SITES = (EMBED, RESID_POST)
+
+
+class ViewedStore(Protocol):
+    """What a view needs of its store, ``reader.Store``, which says more of each."""
+
+    path: Path | str
+    manifest: Manifest
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def final_norm(self) -> tuple[torch.Tensor, float]: ...
+
+    def read_views(self, rows: Rows, views: "Sequence[HookPointView]") -> list[torch.Tensor]: ...
+
+    def statistics(self, hook_point: HookPoint) -> Statistics: ...
+
+    def divisor(self, hook_point: HookPoint, rows: Rows) -> torch.Tensor: ...
 
 
 class HookPointView:
@@ -37,11 +61,11 @@ class HookPointView:
         StoreError: a shard is missing or is not what the manifest says; names the file.
     """
 
-    def __init__(self, store: "Store", entry: HookPointEntry, steps: "tuple[Step, ...]" = ()) -> None:
+    def __init__(self, store: ViewedStore, entry: HookPointEntry, steps: "tuple[Step, ...]" = ()) -> None:
         self._store, self._entry, self._steps = store, entry, steps
 
     @property
-    def store(self) -> "Store":
+    def store(self) -> ViewedStore:
         """What it is a view of."""
         return self._store
 

@@ -22,9 +22,10 @@ from nemo_qwen_hidden.store.files import naming_full_disk, open_inside, sync_fol
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, survey
 from nemo_qwen_hidden.store.format import JOURNAL, MANIFEST, MARKER, shard_name
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.read.document_ids import shared_documents
 from nemo_qwen_hidden.store.table import lines_name, table_name
 from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, BytesReport, Meter, no_report
-from nemo_qwen_hidden.store.upkeep.merge_checks import differences, shared_data, shared_documents
+from nemo_qwen_hidden.store.upkeep.merge_checks import differences, shared_data
 from nemo_qwen_hidden.store.upkeep.verify import read_manifest, verify
 from nemo_qwen_hidden.store.write import session
 

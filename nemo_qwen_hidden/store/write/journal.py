@@ -21,7 +21,7 @@ from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.files import naming_store, open_inside, sync_folder, write_all, write_durably
 from nemo_qwen_hidden.store.format import JOURNAL, JOURNAL_FILES, Shard
-from nemo_qwen_hidden.store.statistics import StoredError
+from nemo_qwen_hidden.store.statistics import StoredError, add_error
 
 Ranges = list[tuple[int, int]]
 
@@ -106,7 +106,7 @@ def read(folder: Path) -> Record:
                 _take_rows(each, rows)
             for each in fields.each("errors") if "errors" in fields else ():
                 shard, error = _take_shard(each), StoredError.parse(each)
-                errors[shard] = errors[shard] + error if shard in errors else error
+                add_error(errors, shard, error)
             if "sealed" in fields:
                 each = fields.nested("sealed")
                 sealed[_take_shard(each)] = ShardEntry.parse(each)

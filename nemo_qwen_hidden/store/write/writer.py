@@ -16,9 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import CoverageError
 from nemo_qwen_hidden.hookpoint import HookPoint
@@ -28,7 +26,7 @@ from nemo_qwen_hidden.store.format import JOURNAL, PARTIAL, Shard, shard_name
 from nemo_qwen_hidden.store.header import Header
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.shard import DIVISOR, SCALE, header_of
-from nemo_qwen_hidden.store.statistics import StoredError
+from nemo_qwen_hidden.store.statistics import StoredError, add_error
 from nemo_qwen_hidden.store.tensors import row_bytes
 from nemo_qwen_hidden.store.write.encode import Encoded, encode
 from nemo_qwen_hidden.store.write.journal import JournalWriter
@@ -129,13 +127,10 @@ class ShardWriter:
         Raises:
             StoreError: a value is not finite, or too large for the stored dtype (nothing of this call is written); or
                 what the disk thread met since the last call, such as a full disk.
-            ValueError: rows outside the store, or values of another shape, device or kind than said above.
+            ValueError: rows outside the store, or values or divisors of another shape, device or kind than said above.
         """
         self._check(hook_point, runs, values_nH)
-        if (divisor_n is not None) != self._target.entry(hook_point).divisor:
-            raise ValueError(
-                f"{hook_point} must come with a divisor where its entry in the manifest has it, and only then"
-            )
+        self._check_divisor(hook_point, len(values_nH), divisor_n)
         pieces = tuple(self._pieces(hook_point, runs))
         if pieces:
             dtype = self._target.dtype
@@ -143,7 +138,14 @@ class ShardWriter:
             encoded = encode(
                 values_nH, dtype, nonfinite=self._nonfinite, row_at=lambda index: f"{name} row {_row_at(runs, index)}"
             )
-            self._disk.put(Batch(point=hook_point, pieces=pieces, encoded=encoded, divisor=divisor_n))
+            self._disk.put(
+                Batch(
+                    point=hook_point,
+                    pieces=pieces,
+                    encoded=encoded,
+                    divisor=None if divisor_n is None else divisor_n.contiguous(),
+                )
+            )
 
     def close(self) -> None:
         """Returns when everything written is durable and in the journal; a second call does nothing.
@@ -196,6 +198,14 @@ class ShardWriter:
             if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._target.rows:
                 raise ValueError(f"rows {run.first_row} + {run.length} do not lie within {self._target.rows} rows")
 
+    def _check_divisor(self, point: HookPoint, rows: int, divisor_n: torch.Tensor | None) -> None:
+        expected = [rows] if self._target.entry(point).divisor else None
+        found = None if divisor_n is None else list(divisor_n.shape)
+        if found != expected:
+            raise ValueError(f"divisors of {point} must be {expected}, as its entry says, but are {found}")
+        if divisor_n is not None and (divisor_n.dtype != torch.float32 or divisor_n.device.type != "cpu"):
+            raise ValueError(f"divisors must be float32 on the CPU, but are {divisor_n.dtype} on {divisor_n.device}")
+
 
 class _ShardFiles:
     """Shards under temporary names, some of them open."""
@@ -221,7 +231,7 @@ class _ShardFiles:
                     for name, item, data in columns:
                         self._put(shard, name, in_shard * item, data[start * item : (start + size) * item])
                     if encoded.error is not None:
-                        _add_error(errors, shard, encoded.error[start : start + size])
+                        add_error(errors, shard, StoredError.of(encoded.error[start : start + size]))
         return errors
 
     def sync(self) -> None:
@@ -357,7 +367,7 @@ class _DiskThread:
     def _write(self, batch: Batch) -> None:
         errors = self._files.write(batch)
         for shard, error in errors.items():
-            self._errors[shard] = self._errors[shard] + error if shard in self._errors else error
+            add_error(self._errors, shard, error)
         rows = self._rows.setdefault(batch.point, [])
         rows += ((piece.first_row, piece.length) for piece in batch.pieces)
         with self._changed:
@@ -377,11 +387,6 @@ class _DiskThread:
                 raise CoverageError(f"rows of {point} were written more than once by one rank")
         self._journal.rows({point: rows.ranges for point, rows in durable.items()}, self._errors)
         self._rows, self._errors = {}, {}
-
-
-def _add_error(errors: dict[Shard, StoredError], shard: Shard, relative: NDArray[np.float64]) -> None:
-    error = StoredError.of(relative)
-    errors[shard] = errors[shard] + error if shard in errors else error
 
 
 def _row_at(runs: Iterable[RowRun], index: int) -> int:
