@@ -10,10 +10,19 @@ from dataclasses import dataclass
 
 from nemo_qwen_hidden.errors import ConfigError
 
-EMBED, RESID_POST, FINAL_NORM = "embed", "resid_post", "final_norm"
+EMBED, FINAL_NORM = "embed", "final_norm"
+RESID_PRE, RESID_MID, RESID_POST = "resid_pre", "resid_mid", "resid_post"
+Q, K, V, ROT_Q, ROT_K, Z = "q", "k", "v", "rot_q", "rot_k", "z"
+ATTN_WEIGHTS, ATTN_OUT, MLP_ACT, MLP_OUT = "attn_weights", "attn_out", "mlp_act", "mlp_out"
 LAYERLESS_SITES = (EMBED, FINAL_NORM)
-LAYER_SITES = (RESID_POST,)
-SITES = (*LAYERLESS_SITES, *LAYER_SITES)
+# in the order in which a layer computes them
+LAYER_SITES = (RESID_PRE, Q, K, V, ROT_Q, ROT_K, ATTN_WEIGHTS, Z, ATTN_OUT, RESID_MID, MLP_ACT, MLP_OUT, RESID_POST)
+SITES = (EMBED, *LAYER_SITES, FINAL_NORM)
+# as wide as the residual stream, and whole on every tp rank
+RESIDUAL_SITES = (EMBED, RESID_PRE, ATTN_OUT, RESID_MID, MLP_OUT, RESID_POST, FINAL_NORM)
+# cut over the tp ranks: by attention head, by head of keys and values, or by inner unit of the MLP
+HEAD_SITES = (Q, K, V, ROT_Q, ROT_K, ATTN_WEIGHTS, Z)
+SPLIT_SITES = (*HEAD_SITES, MLP_ACT)
 
 _SPEC = re.compile(r"(?P<site>[a-z_]+)(?:@(?P<layers>[-:0-9]+))?")
 
@@ -60,7 +69,10 @@ class HookPoint:
         """
         if self.site == FINAL_NORM:
             return num_layers
-        return None if self.depth(num_layers) == num_layers else self.depth(num_layers)
+        if self.site not in (EMBED, RESID_PRE, RESID_POST):
+            return None
+        before = self.layer or 0 if self.site == RESID_PRE else self.depth(num_layers)
+        return None if before == num_layers else before
 
     def meaning(self, num_layers: int) -> str:
         """The state in words, always with its place before or after the final norm."""
@@ -68,10 +80,27 @@ class HookPoint:
             return "token embeddings, the input of decoder layer 0; before the final norm"
         if self.site == FINAL_NORM:
             return f"output of the final RMSNorm over resid_post@{num_layers - 1}; after the final norm"
-        return f"residual stream after decoder layer {self.layer} (0-based, of {num_layers}); before the final norm"
+        return f"{_MEANINGS[self.site]} decoder layer {self.layer} (0-based, of {num_layers}); before the final norm"
 
 
-_FORMS = "must be `embed`, `final_norm`, `all`, `resid_post@i` or `resid_post@start:stop:step`"
+_MEANINGS = {
+    RESID_PRE: "residual stream before",
+    Q: "queries with their bias, before rotary embedding, of",
+    K: "keys with their bias, before rotary embedding, of",
+    V: "values with their bias, of",
+    ROT_Q: "queries after rotary embedding, of",
+    ROT_K: "keys after rotary embedding, of",
+    ATTN_WEIGHTS: "attention probabilities (after softmax) of",
+    Z: "attention-weighted values, the input of the output projection, of",
+    ATTN_OUT: "output of the attention block, added to the residual stream, of",
+    RESID_MID: "residual stream between attention and MLP of",
+    MLP_ACT: "gated activation silu(gate) * up, the input of the down projection, of",
+    MLP_OUT: "output of the MLP block, added to the residual stream, of",
+    RESID_POST: "residual stream after",
+}
+
+_FORMS = "must be `embed`, `final_norm`, `all`, or a site and layers, as `resid_post@i` or `resid_post@start:stop:step`"
+_KNOWN = f"must be at one of the sites {', '.join(SITES)}"
 
 
 def expand(
@@ -94,7 +123,7 @@ def expand(
 
 def by_depth(points: Iterable[HookPoint], num_layers: int) -> tuple[HookPoint, ...]:
     """``points`` in the order in which the model comes to them."""
-    return tuple(sorted(points, key=lambda point: (point.depth(num_layers), point.site == FINAL_NORM)))
+    return tuple(sorted(points, key=lambda point: (point.depth(num_layers), SITES.index(point.site))))
 
 
 def deepest(points: Sequence[HookPoint], num_layers: int) -> int:
@@ -106,8 +135,10 @@ def _expand_one(spec: str, num_layers: int, setting: str) -> list[HookPoint]:
     if spec == "all":
         return [HookPoint(RESID_POST, layer) for layer in range(num_layers)]
     match = _SPEC.fullmatch(spec)
-    if match is None or match["site"] not in SITES:
+    if match is None:
         raise ConfigError(setting, _FORMS, spec)
+    if match["site"] not in SITES:
+        raise ConfigError(setting, _KNOWN, spec)
     site, layers = match["site"], match["layers"]
     if site in LAYERLESS_SITES:
         if layers is not None:

@@ -3,9 +3,10 @@
 import pytest
 
 from nemo_qwen_hidden.errors import ConfigError
-from nemo_qwen_hidden.hookpoint import EMBED, FINAL_NORM, RESID_POST, HookPoint, deepest, expand
+from nemo_qwen_hidden.hookpoint import EMBED, FINAL_NORM, RESID_POST, SITES, HookPoint, deepest, expand
 
-FORMS = "must be `embed`, `final_norm`, `all`, `resid_post@i` or `resid_post@start:stop:step`"
+FORMS = "must be `embed`, `final_norm`, `all`, or a site and layers, as `resid_post@i` or `resid_post@start:stop:step`"
+KNOWN = f"must be at one of the sites {', '.join(SITES)}"
 
 
 def names(specs: str | list[str], num_layers: int) -> list[str]:
@@ -31,6 +32,10 @@ def names(specs: str | list[str], num_layers: int) -> list[str]:
         ("resid_post@::-3", ["resid_post@2", "resid_post@5"]),
         ("resid_post@4:0:-2", ["resid_post@2", "resid_post@4"]),
         (["final_norm", "resid_post@-2", "embed"], ["embed", "resid_post@4", "final_norm"]),
+        (
+            ["resid_post@1", "z@1", "q@0:2", "attn_weights@1", "resid_pre@1"],
+            ["q@0", "resid_pre@1", "q@1", "attn_weights@1", "z@1", "resid_post@1"],
+        ),
         (["resid_post@5", "all", "resid_post@-1"], [f"resid_post@{layer}" for layer in range(6)]),
     ],
 )
@@ -57,10 +62,11 @@ def test_what_is_asked_for_comes_once_and_in_order_of_depth(specs: str | list[st
         ("resid_post@x", FORMS),
         ("resid_post@1 ", FORMS),
         ("resid_post@1,2", FORMS),
-        ("resid_mid@1", FORMS),
+        ("resid_mids@1", KNOWN),
+        ("hook_q@1", KNOWN),
         ("Embed", FORMS),
         ("ALL", FORMS),
-        ("all@1", FORMS),
+        ("all@1", KNOWN),
         ("12", FORMS),
         ("", FORMS),
     ],
@@ -87,7 +93,7 @@ def test_parse_gives_site_and_layer() -> None:
     assert HookPoint.parse("embed") == HookPoint(EMBED)
 
 
-NO_PLACES = ["resid_post", "resid_post@-1", "resid_post@0:2", "resid_post@²", "embed@0", "resid_pre@1", "embed ", ""]
+NO_PLACES = ["resid_post", "resid_post@-1", "resid_post@0:2", "resid_post@²", "embed@0", "resid_pres@1", "embed ", ""]
 
 
 @pytest.mark.parametrize("text", NO_PLACES)
@@ -100,6 +106,10 @@ def test_parse_takes_one_exact_place(text: str) -> None:
 # L = 24 layers, as in Qwen2.5-0.5B: layers to run, index in Hugging Face's hidden_states (24 is normed), normed.
 PLACES_OF_24 = [
     ("embed", 0, 0, False),
+    ("resid_pre@0", 1, 0, False),
+    ("resid_pre@23", 24, 23, False),
+    ("resid_mid@3", 4, None, False),
+    ("rot_k@3", 4, None, False),
     ("resid_post@0", 1, 1, False),
     ("resid_post@11", 12, 12, False),
     ("resid_post@22", 23, 23, False),
