@@ -25,12 +25,22 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """Ranks along each axis. ``dp`` None: as many replicas as fill the ranks that were started, else 1."""
+    """Ranks along each axis, see ``Topology``. ``dp`` None: as many replicas as fill the ranks there are, else 1.
+
+    The rest says how layers are divided into stages where they are not divided evenly, see ``plan.stages.Split``.
+    """
 
     tp: int = 1
     pp: int = 1
+    vp: int = 1
+    cp: int = 1
     dp: int | None = None
     sp: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    account_for_embedding: bool = False
+    account_for_loss: bool = False
+    pipeline_layout: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +155,14 @@ def check(settings: Settings) -> None:
         problems.append(ConfigError("store.overwrite", "must be false where `store.add` adds to a store", True))
     try:
         parallel = settings.parallel
-        Topology(tp=parallel.tp, pp=parallel.pp, dp=1 if parallel.dp is None else parallel.dp, sp=parallel.sp)
+        Topology(
+            tp=parallel.tp,
+            pp=parallel.pp,
+            vp=parallel.vp,
+            cp=parallel.cp,
+            dp=1 if parallel.dp is None else parallel.dp,
+            sp=parallel.sp,
+        )
     except ConfigError as problem:
         problems.append(problem)
     raise_all(problems)

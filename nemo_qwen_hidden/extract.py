@@ -29,6 +29,7 @@ from nemo_qwen_hidden.parallel.launch import local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.plan.microbatches import Microbatch, plan
 from nemo_qwen_hidden.plan.rowset import RowSet, union
+from nemo_qwen_hidden.plan.shapes import state_width
 from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
 from nemo_qwen_hidden.provenance import model_of, norm_file_of, producer_of
 from nemo_qwen_hidden.store.entries import Part
@@ -227,7 +228,7 @@ def run(
 
     torch.set_num_threads(job.settings.runtime.threads or _fair_threads(job.topology.world))
     place = groups.place
-    speaks = place.tp == 0 and place.pp == 0
+    speaks = place.tp == 0 and place.cp == 0 and place.pp == 0
     start = time.perf_counter()
     if len(begun.missing):
         start = _run_missing(job, begun, groups, report if speaks else silent, pulse or Pulse())
@@ -252,6 +253,7 @@ def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report
         dtype=job.settings.precision.compute,
         num_layers=job.num_layers,
         final_norm=job.final_norm,
+        split=job.split,
     )
     report(Phase("running"))
     wait_for_all(groups)  # so that the time of running counts nobody's start-up
@@ -319,7 +321,7 @@ def _run_writing(
     import torch
 
     from nemo_qwen_hidden.capture.gather import on_host
-    from nemo_qwen_hidden.capture.taps import LocalSlice
+    from nemo_qwen_hidden.capture.taps import Capture, LocalSlice
 
     table = _token_table(job, begun)
 
@@ -333,7 +335,8 @@ def _run_writing(
             writer.write(piece.hook_point, piece.runs, piece.values, piece.divisor)
 
         with pulse.running():
-            model.capture(_microbatches(job, begun, table), tokens, points=_points(job, begun), sink=sink, done=done)
+            capture = Capture(points=_points(job, begun))
+            model.capture(_microbatches(job, begun, table), tokens, capture=capture, sink=sink, done=done)
 
 
 def _run_gathering(
@@ -343,9 +346,12 @@ def _run_gathering(
     import torch
 
     from nemo_qwen_hidden.capture.gather import SliceBuffer, gather_slices, holdings
+    from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden.parallel.agree import broadcast_value
 
-    points = _points(job, begun)
+    capture = Capture(points=_points(job, begun))
+    shape, keys = job.architecture.shape, job.batching.max_tokens
+    widths = {point: state_width(point, shape, keys=keys) for point in capture.points}
     with ExitStack() as stack:
         writer = stack.enter_context(_shard_writer(job, begun, groups, pulse)) if groups.place.rank == 0 else None
         stack.enter_context(pulse.running())
@@ -357,11 +363,9 @@ def _run_gathering(
             def tokens(first_row: int, length: int, token_ids: Mapping[int, Any] = token_ids) -> "torch.Tensor":
                 return torch.from_numpy(token_ids[first_row].astype("int64"))
 
-            model.capture(microbatches, tokens, points=points, sink=buffer, done=done)
-            expected = holdings(microbatches, points, job.stages, job.topology)
-            for piece in gather_slices(
-                buffer, expected, groups, hidden_size=model.config.hidden_size, dtype=model.config.params_dtype
-            ):
+            model.capture(microbatches, tokens, capture=capture, sink=buffer, done=done)
+            expected = holdings(microbatches, capture, job.stages, job.topology)
+            for piece in gather_slices(buffer, expected, groups, widths=widths, dtype=model.config.params_dtype):
                 assert writer is not None
                 writer.write(piece.hook_point, piece.runs, piece.values, piece.divisor)
 

@@ -16,7 +16,7 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, deepest, expand
 from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
 from nemo_qwen_hidden.plan.microbatches import Batching
-from nemo_qwen_hidden.plan.stages import points_of_stage, split_layers
+from nemo_qwen_hidden.plan.stages import Split, points_of_stage, stages_of
 from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
 from nemo_qwen_hidden.store.write.session import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
@@ -26,8 +26,8 @@ from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
 class Job:
     """What will run.
 
-    model_folder, data_path: on this machine. points: ordered by depth. num_layers: decoder layers that are built and
-    run, enough for the deepest hook point; the pipeline is split over these alone.
+    model_folder, data_path: on this machine. points: ordered by depth. stages: layer indices of every pipeline stage;
+    unless the settings say how the whole model is divided, these are the layers up to the deepest hook point alone.
     """
 
     settings: Settings
@@ -36,13 +36,18 @@ class Job:
     architecture: Architecture
     points: tuple[HookPoint, ...]
     topology: Topology
-    num_layers: int
+    stages: tuple[range, ...]
     batching: Batching
 
     @property
-    def stages(self) -> tuple[range, ...]:
-        """Layer indices of every pipeline stage."""
-        return split_layers(self.num_layers, self.topology.pp)
+    def num_layers(self) -> int:
+        """Decoder layers that are built."""
+        return self.stages[-1].stop
+
+    @property
+    def split(self) -> Split:
+        """How the settings divide the layers into stages."""
+        return _split(self.settings)
 
     @property
     def final_norm(self) -> bool:
@@ -98,10 +103,16 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     architecture = read_architecture(folder)
     shape = architecture.shape
     points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
-    num_layers = max(1, deepest(points, shape.num_layers))
-    dp = resolve_dp(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
-    topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=dp, sp=parallel.sp)
-    raise_all(_problems(settings, architecture, topology, num_layers))
+    num_layers = max(1, deepest(points, shape.num_layers)) if _split(settings).even else shape.num_layers
+    dp = resolve_dp(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=parallel.dp, world=world)
+    topology = Topology(tp=parallel.tp, pp=parallel.pp, vp=parallel.vp, cp=parallel.cp, dp=dp, sp=parallel.sp)
+    problems = _problems(settings, architecture, topology)
+    stages: tuple[range, ...] = ()
+    try:
+        stages = stages_of(num_layers, pp=topology.pp, vp=topology.vp, split=_split(settings))
+    except ConfigError as problem:
+        problems.append(problem)
+    raise_all(problems)
     max_tokens = settings.data.max_tokens or architecture.max_positions
     architecture.require_length(max_tokens, "data.max_tokens")
     TensorFiles.of(folder).check(shape)
@@ -113,7 +124,8 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         max_tokens=max_tokens,
         batch_tokens=settings.data.batch_tokens,
         packing=settings.data.packing,
-        multiple_of=topology.tp if topology.sp else 1,
+        multiple_of=topology.sequence_multiple,
+        segment_multiple=topology.segment_multiple,
     )
     job = Job(
         settings=settings,
@@ -122,7 +134,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         architecture=architecture,
         points=points,
         topology=topology,
-        num_layers=num_layers,
+        stages=stages,
         batching=batching,
     )
     if for_store:
@@ -132,11 +144,21 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     return job
 
 
-def _problems(settings: Settings, architecture: Architecture, topology: Topology, num_layers: int) -> list[UserError]:
+def _split(settings: Settings) -> Split:
+    parallel = settings.parallel
+    return Split(
+        first_layers=parallel.first_stage_layers,
+        last_layers=parallel.last_stage_layers,
+        embedding=parallel.account_for_embedding,
+        loss=parallel.account_for_loss,
+        layout=parallel.pipeline_layout,
+    )
+
+
+def _problems(settings: Settings, architecture: Architecture, topology: Topology) -> list[UserError]:
     shape = architecture.shape
     problems = model_problems(
         topology,
-        num_layers=num_layers,
         num_heads=shape.num_heads,
         num_query_groups=shape.num_query_groups,
         ffn_hidden_size=shape.ffn_hidden_size,

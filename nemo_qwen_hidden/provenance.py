@@ -12,6 +12,7 @@ from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight, weights_s
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.norm_file import norm_file
+from nemo_qwen_hidden.topology import AXES
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors")
 
@@ -43,7 +44,7 @@ def producer_of(job: Job, work: str, started: float) -> dict[str, Any]:
     return {
         "work": work,
         "hook_points": [str(point) for point in job.points],
-        "layout": {"tp": job.topology.tp, "pp": job.topology.pp, "dp": job.topology.dp, "sp": job.topology.sp},
+        "layout": {axis: getattr(job.topology, axis) for axis in (*AXES, "sp")},
         "batch_tokens": settings.data.batch_tokens,
         "packing": settings.data.packing,
         "gather": settings.capture.gather,

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_qwen_hidden.capture.taps import LocalSlice
+from nemo_qwen_hidden.capture.rows import view_of
+from nemo_qwen_hidden.capture.taps import Capture, LocalSlice
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.plan.microbatches import Microbatch, replica_of
-from nemo_qwen_hidden.plan.slices import Run, runs_within, stripe
+from nemo_qwen_hidden.plan.slices import Run
 from nemo_qwen_hidden.plan.stages import stage_of
 from nemo_qwen_hidden.topology import Topology
 
@@ -33,7 +34,7 @@ class Holding:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalStates:
-    """The states that one rank holds, without gathering: values [n, hidden], and for each row the index of its
+    """The states that one rank holds, without gathering: values [n, width], and for each row the index of its
     sequence in the batch and its position there, both int64 [n]."""
 
     values: Tensor
@@ -66,24 +67,32 @@ class SliceBuffer:
 
 
 def holdings(
-    microbatches: Iterable[Microbatch], points: Sequence[HookPoint], stages: Sequence[range], topology: Topology
+    microbatches: Iterable[Microbatch], capture: Capture, stages: Sequence[range], topology: Topology
 ) -> Iterator[Holding]:
     """Every slice of these microbatches and the rank that has it, in one order that all ranks agree on."""
     for microbatch in microbatches:
-        stripes = [stripe(microbatch.tokens, part=part, parts=topology.tp) for part in range(topology.tp)]
-        for point in points:
-            for part, tokens in enumerate(stripes):
-                runs = tuple(runs_within(microbatch, tokens))
-                rank = topology.rank(tp=part, dp=replica_of(microbatch, topology.dp), pp=stage_of(point, stages))
-                if runs:
-                    yield Holding(hook_point=point, microbatch=microbatch.index, rank=rank, runs=runs)
+        views = [view_of(microbatch, topology, cp=cp, tp=0, choice=capture.choice) for cp in range(topology.cp)]
+        dp = replica_of(microbatch, topology.dp)
+        for point in capture.points:
+            pp = stage_of(point, stages) % topology.pp
+            for cp, view in enumerate(views):
+                for tp, runs in enumerate(view.stripes):
+                    if runs:
+                        rank = topology.rank(tp=tp, cp=cp, dp=dp, pp=pp)
+                        yield Holding(hook_point=point, microbatch=microbatch.index, rank=rank, runs=runs)
 
 
 def gather_slices(
-    held: SliceBuffer, expected: Iterable[Holding], groups: ProcessGroups, *, hidden_size: int, dtype: torch.dtype
+    held: SliceBuffer,
+    expected: Iterable[Holding],
+    groups: ProcessGroups,
+    *,
+    widths: Mapping[HookPoint, int],
+    dtype: torch.dtype,
+    pools: bool = False,
 ) -> Iterator[LocalSlice]:
     """Yields every slice of ``expected`` on rank 0, one at a time, on the CPU; nothing on the others. Collective over
-    all ranks: has to be run to its end on each.
+    all ranks: has to be run to its end on each. widths: numbers in one token's state. pools: see ``Capture``.
 
     Goes over the control group, whose patience outlasts a slow disk behind rank 0.
     """
@@ -92,9 +101,9 @@ def gather_slices(
         if rank == 0 and holding.rank == 0:
             yield held.take(holding.hook_point, holding.microbatch)
         elif rank == 0:
-            rows = sum(run.length for run in holding.runs)
-            values = torch.empty(rows, hidden_size, dtype=dtype)
-            divisor = torch.empty(rows) if holding.hook_point.normed else None
+            rows = sum(run.kept for run in holding.runs)
+            values = torch.empty(rows, widths[holding.hook_point], dtype=dtype)
+            divisor = torch.empty(rows) if holding.hook_point.normed and not pools else None
             for tensor in (values, divisor):
                 if tensor is not None:
                     dist.recv(tensor, group=groups.control, group_src=holding.rank)
@@ -126,33 +135,35 @@ class BatchAssembler:
         return sequence, row - self._first_rows[sequence]
 
     def assemble(
-        self, slices: Iterable[LocalSlice], points: Sequence[HookPoint], like: Tensor, hidden_size: int
+        self, slices: Iterable[LocalSlice], widths: Mapping[HookPoint, int], like: Tensor
     ) -> dict[HookPoint, Tensor]:
-        """{hook point: [batch, tokens, hidden]}, zero where there is padding; dtype and device of ``like``."""
-        size = (len(self._lengths), self._tokens, hidden_size)
-        whole = {point: like.new_zeros(size) for point in points}
+        """{hook point: [batch, tokens, width]}, zero where nothing was kept; dtype and device of ``like``."""
+        size = (len(self._lengths), self._tokens)
+        whole = {point: like.new_zeros(*size, width) for point, width in widths.items()}
         for piece in slices:
-            rows = piece.values.split([run.length for run in piece.runs])
+            rows = piece.values.split([run.kept for run in piece.runs])
             for run, values in zip(piece.runs, rows, strict=True):
                 sequence, position = self.place_of(run.first_row)
-                whole[piece.hook_point][sequence, position : position + run.length] = values
+                where = slice(position, position + run.length) if run.picked is None else _shifted(run, position)
+                whole[piece.hook_point][sequence, where] = values.to(like)
         return whole
 
-    def local(
-        self, held: Mapping[HookPoint, Sequence[LocalSlice]], like: Tensor, hidden_size: int
-    ) -> dict[HookPoint, LocalStates]:
+    def local(self, held: Mapping[HookPoint, Sequence[LocalSlice]], like: Tensor) -> dict[HookPoint, LocalStates]:
         """What this rank holds itself, with the place of each row."""
         found = {}
         for point, slices in held.items():
             runs = [run for piece in slices for run in piece.runs]
-            places = [(*self.place_of(run.first_row), run.length) for run in runs]
+            places = [(*self.place_of(run.first_row), run) for run in runs]
             found[point] = LocalStates(
-                values=torch.cat([like.new_empty(0, hidden_size), *(piece.values.to(like) for piece in slices)]),
+                values=torch.cat([piece.values.to(like) for piece in slices]),
                 sequence=torch.tensor(
-                    [sequence for sequence, _, length in places for _ in range(length)], dtype=torch.int64
+                    [sequence for sequence, _, run in places for _ in range(run.kept)], dtype=torch.int64
                 ),
-                position=torch.tensor(
-                    [position + step for _, position, length in places for step in range(length)], dtype=torch.int64
-                ),
+                position=torch.cat([_shifted(run, position) for _, position, run in places]),
             )
         return found
+
+
+def _shifted(run: Run, position: int) -> Tensor:
+    """Positions of the kept tokens of a run that begins at ``position``."""
+    return position + (torch.arange(run.length) if run.picked is None else torch.tensor(run.picked))

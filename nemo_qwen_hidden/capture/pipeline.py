@@ -5,13 +5,15 @@ There is no schedule and no flush. A stage posts the receive of microbatch i+1 b
 microbatches. Megatron's ``forward_backward_func`` is not used: it is made for losses, allocates on CUDA, and returns
 nothing from the stages between.
 
-S: tokens of the sequence axis, C: this rank's slice of it (S / tp under sequence parallelism), B: sequences, H: hidden.
+S: tokens of the sequence axis, C: this rank's slice of it (S / cp, under sequence parallelism S / cp / tp), B:
+sequences, H: hidden.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import torch
 import torch.distributed as dist
@@ -19,150 +21,225 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from nemo_qwen_hidden.capture.taps import Sink, Taps, View, decoder_of_depth, tapped
-from nemo_qwen_hidden.hookpoint import FINAL_NORM, HookPoint, deepest
+from nemo_qwen_hidden.capture.rows import view_of
+from nemo_qwen_hidden.capture.taps import Capture, Sink, Taps, part_of_decoder, tapped
+from nemo_qwen_hidden.hookpoint import FINAL_NORM, deepest
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.parallel.watch import wait_for_peer
 from nemo_qwen_hidden.plan.microbatches import Microbatch
-from nemo_qwen_hidden.plan.slices import stripe
-from nemo_qwen_hidden.plan.stages import last_active_stage, points_of_stage
+from nemo_qwen_hidden.plan.stages import points_of_stage, stage_of, stage_of_layer
 
 SENDS_IN_FLIGHT = 2
 
 TokenRows = Callable[[int, int], Tensor]
 """(first row, length) to token ids, int64 [length]."""
 
+StateRows = Callable[[int, int], Tensor]
+"""(first row, length) to states [length, H]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the model is called with: ids and positions [B, S] int64, and the document bounds of a packed sequence."""
+    """What the model is called with: ids and positions [B, C] int64, and the document bounds of a packed sequence."""
 
     input_ids: Tensor
     position_ids: Tensor
     packed: PackedSeqParams | None
 
 
-def make_inputs(microbatch: Microbatch, tokens: TokenRows, device: torch.device) -> Inputs:
-    """Lays token ids and positions out as the microbatch says; padding is token 0 at position 0, on the right."""
+def make_inputs(microbatch: Microbatch, spans: Sequence[range], tokens: TokenRows, device: torch.device) -> Inputs:
+    """Lays token ids and positions out as the microbatch says, and takes the part that lies on ``spans``; padding is
+    token 0 at position 0, on the right."""
     ids = torch.zeros(microbatch.sequences, microbatch.tokens, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     for segment, sequence, offset in microbatch.places():
         where = slice(offset, offset + segment.length)
         ids[sequence, where] = tokens(segment.first_row, segment.length)
         positions[sequence, where] = torch.arange(segment.length)
+    if len(spans) > 1:
+        ids, positions = (torch.cat([each[:, s.start : s.stop] for s in spans], dim=1) for each in (ids, positions))
     packed = _packed(microbatch, device) if microbatch.packed else None
     return Inputs(input_ids=ids.to(device), position_ids=positions.to(device), packed=packed)
 
 
 def _packed(microbatch: Microbatch, device: torch.device) -> PackedSeqParams:
-    """Bounds of the segments; what pads the sequence at its end is a segment of its own."""
-    lengths = [segment.length for segment in microbatch.segments]
-    if microbatch.tokens > microbatch.rows:
-        lengths.append(microbatch.tokens - microbatch.rows)
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    longest = max(lengths)
+    """Bounds of the segments, over the whole sequence axis; what pads it at its end is a segment of its own."""
+    lengths = microbatch.bounds()
+    longest = max(stop - start for start, stop in pairwise(lengths))
+    bounds = torch.tensor(lengths).to(device=device, dtype=torch.int32)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the pipeline that this rank holds: its number, its part of the model, whether it is the first or the
+    last that runs."""
+
+    number: int
+    model: MCoreGPTModel
+    first: bool
+    last: bool
+
+
 class Pipeline:
     """One rank's part in running microbatches through all stages up to the deepest hook point.
 
-    model: this rank's stage. stages: layer indices of every stage. Nothing deeper than the deepest hook point is
-    computed; stages that lie wholly below it return at once.
+    chunks: the parts of the model that this rank holds, one, or one for each virtual stage. stages: layer indices of
+    every stage. start: the layer that runs first, on given states; None: the model's beginning. Nothing deeper than the
+    deepest hook point is computed; stages that lie wholly outside have nothing to do.
     """
 
     def __init__(
-        self, model: MCoreGPTModel, groups: ProcessGroups, *, stages: Sequence[range], points: Sequence[HookPoint]
+        self,
+        chunks: Sequence[MCoreGPTModel],
+        groups: ProcessGroups,
+        *,
+        stages: Sequence[range],
+        capture: Capture,
+        start: int | None = None,
     ) -> None:
-        self._model, self._groups, self._config = model, groups, model.config
-        self._stage = groups.place.pp
-        depth = deepest(points, stages[-1].stop)
-        self._points = points_of_stage(points, stages, self._stage)
-        self._depth = depth
-        self._last = last_active_stage(stages, depth)
+        self._groups, self._capture, self._config = groups, capture, chunks[0].config
+        points = capture.points
+        self._layers = range(start or 0, deepest(points, stages[-1].stop))
         self._final_norm = any(point.site == FINAL_NORM for point in points)
+        first = 0 if start is None else stage_of_layer(start, stages)
+        last = max(stage_of(point, stages) for point in points)
+        self._stages = [
+            Stage(number=number, model=chunk, first=number == first, last=number == last)
+            for number, chunk in zip(groups.place.stages, chunks, strict=True)
+            if first <= number <= last
+        ]
+        self._points = {stage.number: points_of_stage(points, stages, stage.number) for stage in self._stages}
 
     def run(
-        self, microbatches: Iterable[Microbatch], tokens: TokenRows, sink: Sink, done: Callable[[Microbatch], None]
+        self,
+        microbatches: Iterable[Microbatch],
+        tokens: TokenRows,
+        sink: Sink,
+        done: Callable[[Microbatch], None],
+        states: StateRows | None = None,
     ) -> None:
-        """Runs ``microbatches``, the same on all stages of a replica. Collective over the pp group.
+        """Runs ``microbatches``, the same on all stages of a replica. Collective over the tp, cp and pp groups.
 
-        sink: gets every ``LocalSlice`` of this rank. done: called after each microbatch of this stage.
+        sink: gets every ``LocalSlice`` of this rank. done: called after the last of this rank's stages of each
+        microbatch. states: (first row, length) to the states [length, H] that the first layer is given, where the
+        pipeline has a ``start``.
         """
-        if self._stage > self._last:
+        if not self._stages:
             return
         with ExitStack() as stack:
             stack.enter_context(megatron_on_host())
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.autocast(self._groups.device.type, enabled=False))
-            stack.enter_context(_evaluating(self._model))
-            stack.enter_context(decoder_of_depth(self._model, self._depth, final_norm=self._final_norm))
-            taps = stack.enter_context(tapped(self._model, self._points, sink))
+            taps = {}
+            for stage in self._stages:
+                stack.enter_context(_evaluating(stage.model))
+                stack.enter_context(part_of_decoder(stage.model, self._layers, final_norm=self._final_norm))
+                points = self._points[stage.number]
+                taps[stage.number] = stack.enter_context(tapped(stage.model, self._capture, points, self._groups, sink))
             sends: deque[tuple[dist.Work, Tensor]] = deque()
-            for microbatch, received in self._receive(microbatches):
-                hidden = self._forward(microbatch, received, tokens, taps)
-                if self._stage < self._last:
-                    sends.append(self._send(hidden))
+            for microbatch, stage, received in self._receive(self._order(microbatches)):
+                if stage.first and states is not None:
+                    received = self._given_states(microbatch, states)
+                hidden = self._forward(microbatch, stage, received, tokens, taps[stage.number])
+                if not stage.last:
+                    sends.append(self._send(hidden, stage))
                     while len(sends) > SENDS_IN_FLIGHT:
                         wait_for_peer(sends.popleft()[0])
-                done(microbatch)
+                if stage is self._stages[-1]:
+                    done(microbatch)
             for work, _ in sends:
                 wait_for_peer(work)
-            self._model.set_input_tensor(None)
+            for stage in self._stages:
+                stage.model.set_input_tensor(None)
 
-    def _forward(self, microbatch: Microbatch, received: Tensor | None, tokens: TokenRows, taps: Taps) -> Tensor:
-        inputs = make_inputs(microbatch, tokens, self._groups.device)
-        if received is not None:
-            self._model.set_input_tensor(received)
-        taps.view = self._view(microbatch)
+    def _order(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Stage]]:
+        """What this rank runs, in the order that all pipeline ranks share: with virtual stages, pp microbatches go
+        through one stage before the rank turns to its next, so that the first is back by then."""
+        at_once = 1 if len(self._stages) == 1 else self._groups.topology.pp
+        stream = iter(microbatches)
+        while group := list(islice(stream, at_once)):
+            for stage in self._stages:
+                for microbatch in group:
+                    yield microbatch, stage
+
+    def _forward(
+        self, microbatch: Microbatch, stage: Stage, received: Tensor | None, tokens: TokenRows, taps: Taps
+    ) -> Tensor:
+        topology, place = self._groups.topology, self._groups.place
+        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=self._capture.choice)
+        inputs = make_inputs(microbatch, view.spans, tokens, self._groups.device)
+        model, given = stage.model, None
+        if received is not None and model.pre_process:
+            given = received
+        elif received is not None:
+            model.set_input_tensor(received)
+        taps.view = view
         try:
-            hidden: Tensor = self._model(inputs.input_ids, inputs.position_ids, None, packed_seq_params=inputs.packed)
+            hidden: Tensor = model(
+                inputs.input_ids, inputs.position_ids, None, decoder_input=given, packed_seq_params=inputs.packed
+            )
+            taps.settle()
         finally:
             taps.view = None
         return hidden
 
-    def _view(self, microbatch: Microbatch) -> View:
-        place = self._groups.place
-        owned = stripe(microbatch.tokens, part=place.tp, parts=place.topology.tp)
-        return View(microbatch=microbatch, owned=owned, first_token=owned.start if place.topology.sp else 0)
+    def _given_states(self, microbatch: Microbatch, states: StateRows) -> Tensor:
+        """The states of this rank's tokens, [C, B, H]; zero where there is padding."""
+        topology, place = self._groups.topology, self._groups.place
+        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=None)
+        given = torch.zeros(self._shape(microbatch), dtype=self._config.params_dtype, device=self._groups.device)
+        for run in view.residual_runs:
+            start = run.index - view.first_index
+            given[start : start + run.length, run.sequence] = states(run.first_row, run.length).to(given)
+        return given
 
-    def _receive(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Tensor | None]]:
-        """Each microbatch with what the stage before sent for it; the next receive is posted before it is yielded."""
-        if self._stage == 0:
-            yield from ((microbatch, None) for microbatch in microbatches)
-            return
-        waiting: deque[tuple[Microbatch, dist.Work, Tensor]] = deque()
-        for microbatch in microbatches:
-            waiting.append((microbatch, *self._post_receive(microbatch)))
+    def _receive(self, order: Iterable[tuple[Microbatch, Stage]]) -> Iterator[tuple[Microbatch, Stage, Tensor | None]]:
+        """Each step with what the stage before sent for it; the next receive is posted before a step is yielded."""
+        waiting: deque[tuple[Microbatch, Stage, tuple[dist.Work, Tensor] | None]] = deque()
+        for microbatch, stage in order:
+            waiting.append((microbatch, stage, None if stage.first else self._post_receive(microbatch, stage)))
             if len(waiting) > 1:
                 yield self._arrived(*waiting.popleft())
         while waiting:
             yield self._arrived(*waiting.popleft())
 
-    def _post_receive(self, microbatch: Microbatch) -> tuple[dist.Work, Tensor]:
+    def _post_receive(self, microbatch: Microbatch, stage: Stage) -> tuple[dist.Work, Tensor]:
+        hidden_CBH = torch.empty(self._shape(microbatch), dtype=self._config.params_dtype, device=self._groups.device)
+        group, source = self._link(stage.number - 1)
+        return _work(dist.irecv(hidden_CBH, group=group, group_src=source)), hidden_CBH
+
+    def _shape(self, microbatch: Microbatch) -> tuple[int, int, int]:
+        """[C, B, H] of what goes from stage to stage."""
         topology = self._groups.topology
-        local = microbatch.tokens // (topology.tp if topology.sp else 1)
-        hidden_CBH = torch.empty(
-            local,
-            microbatch.sequences,
-            self._config.hidden_size,
-            dtype=self._config.params_dtype,
-            device=self._groups.device,
-        )
-        return _work(dist.irecv(hidden_CBH, group=self._groups.pp, group_src=self._stage - 1)), hidden_CBH
+        local = microbatch.tokens // (topology.cp * (topology.tp if topology.sp else 1))
+        return local, microbatch.sequences, self._config.hidden_size
+
+    def _link(self, stage: int) -> tuple[dist.ProcessGroup, int]:
+        """The group over which a stage sends to the next, and the pipeline rank of the stage. Between the last and the
+        first pipeline rank it is another, since NCCL keeps the order of what one pair of ranks exchanges in a group."""
+        rank = stage % self._groups.topology.pp
+        wraps = rank == self._groups.topology.pp - 1
+        return (self._groups.pp_wrap if wraps else self._groups.pp), rank
 
     @staticmethod
-    def _arrived(microbatch: Microbatch, work: dist.Work, hidden: Tensor) -> tuple[Microbatch, Tensor]:
-        wait_for_peer(work)
-        return microbatch, hidden
+    def _arrived(
+        microbatch: Microbatch, stage: Stage, receive: tuple[dist.Work, Tensor] | None
+    ) -> tuple[Microbatch, Stage, Tensor | None]:
+        if receive is None:
+            return microbatch, stage, None
+        wait_for_peer(receive[0])
+        return microbatch, stage, receive[1]
 
-    def _send(self, hidden_CBH: Tensor) -> tuple[dist.Work, Tensor]:
+    def _send(self, hidden_CBH: Tensor, stage: Stage) -> tuple[dist.Work, Tensor]:
         """The tensor has to live until the work is done."""
         sent = hidden_CBH.detach().contiguous()
-        return _work(dist.isend(sent, group=self._groups.pp, group_dst=self._stage + 1)), sent
+        group, rank = self._link(stage.number)
+        target = (rank + 1) % self._groups.topology.pp
+        return _work(dist.isend(sent, group=group, group_dst=target)), sent
 
 
 def _work(work: dist.Work | None) -> dist.Work:

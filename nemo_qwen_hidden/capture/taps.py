@@ -1,29 +1,40 @@
-"""Taps: forward hooks that copy what passes a hook point, for the rows that this rank answers for.
+"""Taps: hooks that copy what passes a hook point, for the rows that are kept.
 
-C: tokens of the slice that a rank has of the sequence axis, B: sequences, H: hidden, n: rows copied.
+A hook only copies; what has to be exchanged between ranks is exchanged after the forward of the microbatch, hook
+point by hook point in an order that all ranks share (``settle``).
+
+C: tokens of the slice that a rank has of the sequence axis, B: sequences, W: numbers in one token's state, n: rows
+kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 
 import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from nemo_qwen_hidden.capture.attention import AttentionInputs, AttentionWeights
+from nemo_qwen_hidden.capture.exchange import sum_over_ranks, to_full_width
+from nemo_qwen_hidden.capture.rows import Choice, View
+from nemo_qwen_hidden.capture.sites import visit_attention, visit_site
 from nemo_qwen_hidden.errors import HiddenStatesError
-from nemo_qwen_hidden.hookpoint import EMBED, FINAL_NORM, HookPoint
-from nemo_qwen_hidden.plan.microbatches import Microbatch
-from nemo_qwen_hidden.plan.slices import Run, runs_within
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, SPLIT_SITES, HookPoint
+from nemo_qwen_hidden.parallel.groups import ProcessGroups
+from nemo_qwen_hidden.plan.slices import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSlice:
-    """What one rank holds of one hook point in one microbatch.
+    """What one rank answers for of one hook point in one microbatch.
 
-    values: [n, H] in the compute dtype, a copy of its own; its rows are those of ``runs``, in order. divisor: fp32 [n],
-    behind the final norm alone: what the norm divided each row by, so that the state before it can be had again.
+    values: [n, W] in the compute dtype, a copy of its own; its rows are those that ``runs`` keep, in order. divisor:
+    fp32 [n], behind the final norm alone: what the norm divided each row by, so that the state before it can be had
+    again.
     """
 
     hook_point: HookPoint
@@ -37,57 +48,140 @@ Sink = Callable[[LocalSlice], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    """What the hooks have to know of the microbatch that is running.
+class Capture:
+    """What is captured. points: on any stage. choice: which rows; None is all. attention: how attention weights are
+    wanted, where they are."""
 
-    owned: tokens of the sequence axis whose rows this rank answers for. first_token: the token of the sequence axis
-    at index 0 of this rank's tensors.
-    """
+    points: tuple[HookPoint, ...]
+    choice: Choice | None = None
+    attention: AttentionWeights = field(default_factory=AttentionWeights)
 
-    microbatch: Microbatch
-    owned: range
-    first_token: int
+    @property
+    def pools(self) -> bool:
+        """Whether there is one state for each segment, instead of one for each row."""
+        return self.choice is not None and self.choice.weights is not None
 
 
 class Taps:
-    """Hooks on the modules of one stage; ``view`` is set before each microbatch and cleared after it."""
+    """Hooks on the modules of one stage; ``view`` is set before each microbatch, and ``settle`` is called after it."""
 
-    def __init__(self, sink: Sink, *, norm_epsilon: float) -> None:
-        self._sink, self._norm_epsilon = sink, norm_epsilon
+    def __init__(self, capture: Capture, groups: ProcessGroups, sink: Sink, *, norm_epsilon: float) -> None:
+        self._capture, self._groups, self._sink, self._norm_epsilon = capture, groups, sink, norm_epsilon
+        self._split: dict[HookPoint, Tensor] = {}
+        self._sums: dict[HookPoint, Tensor] = {}
+        self._attended: dict[HookPoint, AttentionInputs] = {}
         self.view: View | None = None
 
-    def record(self, point: HookPoint, hidden_CBH: Tensor, before_CBH: Tensor) -> None:
-        """Copies the owned rows before anything later can change them in place, and hands them to the sink.
+    def record(self, point: HookPoint, state_CBW: Tensor, before_CBW: Tensor) -> None:
+        """Copies rows before anything later can change them in place.
 
-        before_CBH: the input of the module whose output ``hidden_CBH`` is.
+        before_CBW: the input of the module whose output ``state_CBW`` is.
         """
-        if self.view is None:
+        view = self.view
+        if view is None:
             return
-        runs = tuple(runs_within(self.view.microbatch, self.view.owned))
-        if not runs:
-            return
-        first_token, divisor = self.view.first_token, None
-        values = copy_rows(hidden_CBH.detach(), runs, first_token=first_token)
-        if point.normed:
-            before = copy_rows(before_CBH.detach(), runs, first_token=first_token).float()
-            divisor = (before.square().mean(dim=1) + self._norm_epsilon).sqrt()
-        index = self.view.microbatch.index
-        self._sink(LocalSlice(hook_point=point, microbatch=index, runs=runs, values=values, divisor=divisor))
+        state_CBW = state_CBW.detach()
+        split = point.site in SPLIT_SITES
+        if self._capture.pools:
+            self._sums[point] = self._weighted_sums(view, state_CBW, split=split)
+        elif split:
+            runs = [run for stripe in view.stripes for run in stripe]
+            self._split[point] = copy_rows(state_CBW, runs)
+        elif view.runs:
+            values, divisor = copy_rows(state_CBW, view.runs, first_index=view.first_index), None
+            if point.normed:
+                before = copy_rows(before_CBW.detach(), view.runs, first_index=view.first_index).float()
+                divisor = (before.square().mean(dim=1) + self._norm_epsilon).sqrt()
+            self._emit(point, values, divisor)
+
+    def record_attention(self, point: HookPoint, query: Tensor, key: Tensor) -> None:
+        """Copies the queries of kept rows, and all keys."""
+        if self.view is not None:
+            self._attended[point] = AttentionInputs.of(
+                self.view, query.detach(), key.detach(), self._capture.attention, self._groups.place
+            )
+
+    def settle(self) -> None:
+        """Finishes the microbatch: exchanges what tp and cp ranks have only parts of. Collective over both."""
+        view = self.view
+        assert view is not None
+        for point in self._capture.points:
+            if (attended := self._attended.pop(point, None)) is not None:
+                self._split[point] = attended.weights(self._groups)
+            if (sums := self._sums.pop(point, None)) is not None:
+                self._settle_sums(view, point, sums)
+            elif (values := self._split.pop(point, None)) is not None:
+                self._emit_full_width(view, point, values)
+        self.view = None
+
+    def _settle_sums(self, view: View, point: HookPoint, sums: Tensor) -> None:
+        """sums: fp32 [segments, W of this rank], over the tokens that it has."""
+        split = point.site in SPLIT_SITES
+        over_tp = self._groups.topology.sp and not split
+        sums = sum_over_ranks(sums, self._groups.tp_cp if over_tp else self._groups.cp)
+        last = {s.first_row + s.length - 1: number for number, s in enumerate(view.microbatch.segments)}
+        stripes = view.stripes if split else (view.runs,)
+        rows = torch.tensor([last[run.first_row] for runs in stripes for run in runs], dtype=torch.int64)
+        values = sums[rows.to(sums.device)]
+        if split:
+            self._emit_full_width(view, point, values)
+        elif view.runs:
+            self._emit(point, values, None)
+
+    def _emit_full_width(self, view: View, point: HookPoint, values: Tensor) -> None:
+        rows = [sum(run.kept for run in runs) for runs in view.stripes]
+        widths = None
+        if point.site == ATTN_WEIGHTS:
+            widths = self._capture.attention.widths(self._groups.topology.tp)
+        whole = to_full_width(values, rows, widths, self._groups.tp)
+        if view.runs:
+            self._emit(point, whole, None)
+
+    def _weighted_sums(self, view: View, state_CBW: Tensor, *, split: bool) -> Tensor:
+        """fp32 [segments, W of this rank]: of each segment the weighted sum of the rows that this rank has."""
+        choice = self._capture.choice
+        assert choice is not None and choice.weights is not None
+        first_index = 0 if split else view.first_index
+        runs = view.all_runs if split else view.residual_runs
+        sums = state_CBW.new_zeros(len(view.microbatch.segments), state_CBW.shape[-1], dtype=torch.float32)
+        for number, segment in enumerate(view.microbatch.segments):
+            weights = choice.weights(segment.first_row, segment.length)
+            if weights is None:
+                continue
+            weights = weights.to(state_CBW.device)
+            for run in runs:
+                offset = run.first_row - segment.first_row
+                if 0 <= offset < segment.length:
+                    start = run.index - first_index
+                    rows = state_CBW[start : start + run.length, run.sequence].float()
+                    sums[number] += weights[offset : offset + run.length] @ rows
+        return sums
+
+    def _emit(self, point: HookPoint, values: Tensor, divisor: Tensor | None) -> None:
+        view = self.view
+        assert view is not None
+        index = view.microbatch.index
+        self._sink(LocalSlice(hook_point=point, microbatch=index, runs=view.runs, values=values, divisor=divisor))
 
 
-def copy_rows(hidden_CBH: Tensor, runs: Sequence[Run], *, first_token: int) -> Tensor:
-    """The rows of ``runs``, one after the other: [n, H], freshly allocated."""
-    values = hidden_CBH.new_empty(sum(run.length for run in runs), hidden_CBH.shape[-1])
+def copy_rows(state_CBW: Tensor, runs: Sequence[Run], *, first_index: int = 0) -> Tensor:
+    """The rows that ``runs`` keep, one after the other: [n, W], freshly allocated."""
+    values = state_CBW.new_empty(sum(run.kept for run in runs), prod(state_CBW.shape[2:]))
     row = 0
     for run in runs:
-        start = run.token - first_token
-        values[row : row + run.length].copy_(hidden_CBH[start : start + run.length, run.sequence])
-        row += run.length
+        start = run.index - first_index
+        rows = state_CBW[start : start + run.length, run.sequence]
+        if run.picked is not None:
+            rows = rows[torch.tensor(run.picked, device=rows.device)]
+        values[row : row + run.kept].copy_(rows.flatten(1))
+        row += run.kept
     return values
 
 
 @contextmanager
-def tapped(model: MCoreGPTModel, points: Sequence[HookPoint], sink: Sink) -> Iterator[Taps]:
+def tapped(
+    model: MCoreGPTModel, capture: Capture, points: Sequence[HookPoint], groups: ProcessGroups, sink: Sink
+) -> Iterator[Taps]:
     """Puts hooks on those modules of this stage that ``points`` name, and always takes them away again.
 
     Raises:
@@ -95,49 +189,28 @@ def tapped(model: MCoreGPTModel, points: Sequence[HookPoint], sink: Sink) -> Ite
     """
     if getattr(model.config, "enable_cuda_graph", False) or getattr(model.config, "cuda_graph_impl", "none") != "none":
         raise HiddenStatesError("hidden states cannot be captured from CUDA graphs, which bypass hooks: turn them off")
-    taps, handles = Taps(sink, norm_epsilon=model.config.layernorm_epsilon), []
+    taps = Taps(capture, groups, sink, norm_epsilon=model.config.layernorm_epsilon)
+    handles: list[RemovableHandle] = []
     try:
         for point in points:
-            module = module_of(model, point)
-
-            def hook(_module: nn.Module, inputs: tuple[Any, ...], output: object, point: HookPoint = point) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output  # a layer returns (hidden, context)
-                assert isinstance(hidden, torch.Tensor)
-                taps.record(point, hidden, inputs[0] if point.normed else hidden)
-
-            handles.append(module.register_forward_hook(hook))
+            if point.site == ATTN_WEIGHTS:
+                handles.append(visit_attention(model, point, partial(taps.record_attention, point)))
+            else:
+                handles.append(visit_site(model, point, partial(taps.record, point)))
         yield taps
     finally:
         for handle in handles:
             handle.remove()
 
 
-def module_of(model: MCoreGPTModel, point: HookPoint) -> nn.Module:
-    """The module of this stage whose output is the state at ``point``.
-
-    Layers are found by Megatron's own ``layer_number`` (1-based, over the whole model), never by position.
-    """
-    found: nn.Module | None = None
-    if point.site == EMBED:
-        found = getattr(model, "embedding", None) if model.pre_process else None
-    elif point.site == FINAL_NORM:
-        found = model.decoder.final_layernorm
-    else:
-        by_index = {layer.layer_number - 1: layer for layer in model.decoder.layers}
-        found = by_index.get(point.layer)
-    if found is None:
-        raise HiddenStatesError(f"hook point {point} is not on this pipeline stage")
-    return found
-
-
 @contextmanager
-def decoder_of_depth(model: MCoreGPTModel, depth: int, *, final_norm: bool) -> Iterator[None]:
-    """While entered, the model ends after its first ``depth`` layers (counted over all stages), before the final norm
-    unless ``final_norm``, and before an output layer in any case."""
+def part_of_decoder(model: MCoreGPTModel, layers: range, *, final_norm: bool) -> Iterator[None]:
+    """While entered, the model runs those of its layers whose index is in ``layers``, then the final norm if
+    ``final_norm``, and no output layer in any case."""
     decoder = model.decoder
     all_layers, norm, post_process = decoder.layers, decoder.final_layernorm, model.post_process
     try:
-        decoder.layers = nn.ModuleList(layer for layer in all_layers if layer.layer_number <= depth)
+        decoder.layers = nn.ModuleList(layer for layer in all_layers if layer.layer_number - 1 in layers)
         if not final_norm:
             decoder.final_layernorm = None
         model.post_process = False

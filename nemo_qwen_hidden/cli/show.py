@@ -74,8 +74,8 @@ def _stage_rows(job: Job) -> list[tuple[str, ...]]:
         weights, activations = job.rank_bytes(stage)
         rows.append(
             (
-                str(stage),
-                f"{layers.start} to {layers.stop - 1}",
+                str(stage) if job.topology.vp == 1 else f"{stage}, rank {stage % job.topology.pp}",
+                f"{layers.start} to {layers.stop - 1}" if layers else "none",
                 _some([str(point) for point in job.points_of(stage)]),
                 human_bytes(weights),
                 f"up to {human_bytes(activations)}",

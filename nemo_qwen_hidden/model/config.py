@@ -1,6 +1,6 @@
 """NeMo's configuration of a Qwen2 whose stages end in hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from nemo_qwen_hidden.checkpoint.architecture import Architecture
 from nemo_qwen_hidden.model.spec import decoder_spec
 from nemo_qwen_hidden.plan.footprint import padded_vocab
-from nemo_qwen_hidden.plan.stages import split_layers
+from nemo_qwen_hidden.plan.stages import megatron_layout
 from nemo_qwen_hidden.topology import Topology
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,17 +64,16 @@ class Qwen2HiddenConfig(Qwen2Config):
 
 
 def configure(
-    architecture: Architecture, topology: Topology, *, dtype: str, num_layers: int, final_norm: bool
+    architecture: Architecture, topology: Topology, *, dtype: str, stages: Sequence[range], final_norm: bool
 ) -> Qwen2HiddenConfig:
-    """NeMo's configuration for the first ``num_layers`` layers of a checkpoint in a layout.
+    """NeMo's configuration for the first layers of a checkpoint in a layout, divided as ``stages`` says.
 
-    Megatron's default stages need a number of layers that pp divides; the layout of ``split_layers`` is given to it
-    explicitly, so that it holds for any number.
+    Megatron's default stages need a number of layers that pp divides; ours are given to it explicitly.
     """
     shape, compute = architecture.shape, TORCH_DTYPES[dtype]
     gpu = torch.cuda.is_available()
     return Qwen2HiddenConfig(
-        num_layers=num_layers,
+        num_layers=stages[-1].stop,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_query_groups,
@@ -88,7 +87,9 @@ def configure(
         final_norm=final_norm,
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
-        pipeline_model_parallel_layout=_layout(num_layers, topology.pp),
+        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
+        pipeline_model_parallel_layout=megatron_layout(stages) if topology.pp > 1 else None,
+        context_parallel_size=topology.cp,
         sequence_parallel=topology.sp,
         params_dtype=compute,
         pipeline_dtype=compute,
@@ -106,13 +107,3 @@ def configure(
         persist_layer_norm=gpu,
         batch_p2p_sync=gpu,
     )
-
-
-def _layout(num_layers: int, pp: int) -> list[list[str]] | None:
-    """Megatron's ``pipeline_model_parallel_layout`` for ``split_layers``; None on a single stage."""
-    if pp == 1:
-        return None
-    stages = [["decoder"] * len(layers) for layers in split_layers(num_layers, pp)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages

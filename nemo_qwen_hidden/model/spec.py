@@ -1,24 +1,30 @@
 """Layers of the decoder for machines without Transformer Engine, as Megatron layer specs.
 
-S: tokens of a sequence, B: sequences, T: tokens of packed sequences laid end to end, N: heads of this rank,
-G: key/value groups of this rank, D: size of a head.
+S: tokens of a sequence, C: those of them that a context-parallel rank has, B: sequences, T: the same of packed
+sequences laid end to end, N: heads of this rank, G: key/value groups of this rank, D: size of a head.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from nemo_qwen_hidden.plan.slices import zigzag
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,8 +42,11 @@ class RMSNorm(torch.nn.RMSNorm):
 class SdpaCoreAttention(MegatronModule):
     """Causal attention through ``torch.nn.functional.scaled_dot_product_attention``, per document when packed.
 
-    Megatron's unfused ``DotProductAttention`` needs an explicit S x S mask, is slower, and in bf16 loses accuracy in
-    its softmax. Right padding needs no mask here: no token can see what comes after it.
+    Megatron's unfused ``DotProductAttention`` needs an explicit S x S mask, is slower, in bf16 loses accuracy in its
+    softmax, and refuses context parallelism. Right padding needs no mask here: no token can see what comes after it.
+
+    Under context parallelism each rank gathers all keys and values, puts them into the order of the sequence, and
+    attends with its own queries.
     """
 
     def __init__(
@@ -48,11 +57,11 @@ class SdpaCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism is not supported by this attention")
+        self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -66,35 +75,66 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] to [S, B, N*D]; packed: [T, N, D], [T, G, D] to [T, N*D].
+        """query [C, B, N, D], key and value [C, B, G, D] to [C, B, N*D]; packed: [T, N, D], [T, G, D] to [T, N*D].
 
-        attention_mask: None for causal, or Megatron's [B, 1, S, S], True where a token must not be seen.
+        attention_mask: None for causal, or Megatron's [B, 1, C, S], True where a token must not be seen; its rows are
+        those of this rank's queries.
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by this attention")
-        if packed_seq_params is None:
-            out = self._attend(query, key, value, attention_mask)
-            return out.flatten(-2)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        out = torch.empty_like(query)
+        bounds = [0, len(query) * self.cp_group.size()]
+        if packed_seq_params is not None:
+            query, key, value = query[:, None], key[:, None], value[:, None]
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+        if self.cp_group.size() > 1:
+            key, value = (_in_order(each, bounds, self.cp_group) for each in (key, value))
+        if attention_mask is not None:
+            return self._attend(query, key, value, ~attention_mask).flatten(-2)
+        out, index = torch.empty_like(query), 0
         for start, stop in itertools.pairwise(bounds):
-            rows = slice(start, stop)
-            out[rows] = self._attend(query[rows, None], key[rows, None], value[rows, None], None)[:, 0]
-        return out.flatten(-2)
+            for tokens in _own(range(start, stop), self.cp_group):
+                rows = slice(index, index + len(tokens))
+                seen = slice(start, tokens.stop)
+                mask = None if tokens.start == start else _causal(len(tokens), tokens.stop - start, query.device)
+                out[rows] = self._attend(query[rows], key[seen], value[seen], mask)
+                index += len(tokens)
+        out = out.flatten(-2)
+        return out if packed_seq_params is None else out[:, 0]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """[S, B, heads, D] in, [S, B, N, D] out."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+        """[queries, B, N, D] and [keys, B, G, D] to [queries, B, N, D]; ``seen`` is True where a query sees a key,
+        None: the first query sees the first key, and so on."""
         out = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=None if mask is None else ~mask,
+            attn_mask=seen,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=seen is None,
             scale=self.softmax_scale,
             enable_gqa=True,
         )
         return out.permute(2, 0, 1, 3)
+
+
+def _own(block: range, cp: dist.ProcessGroup) -> Iterable[range]:
+    """The tokens of a block that this context-parallel rank has."""
+    return (block,) if cp.size() == 1 else zigzag(block, cp.rank(), cp.size())
+
+
+def _in_order(part: Tensor, bounds: Sequence[int], cp: dist.ProcessGroup) -> Tensor:
+    """The tokens of all context-parallel ranks in the order of the sequence. In training its backward hands each rank
+    the sum of what all of them want for its tokens."""
+    gathered: Tensor = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=cp)
+    blocks = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+    chunks = [chunk for rank in range(cp.size()) for block in blocks for chunk in zigzag(block, rank, cp.size())]
+    places = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+    return gathered[places.argsort().to(part.device)]
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The last query sees every key, the one before all but one, and so on."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,14 +28,19 @@ CONTROL_TIMEOUT_DAYS = 30
 class ProcessGroups:
     """Where this rank stands, and the groups that it is in.
 
-    world: all ranks. tp: the ranks that share this rank's layers and documents. pp: the stages of its replica.
-    control: all ranks, on the CPU, for small values; it waits for days, since a rank may tokenize for hours.
+    world: all ranks. tp: the ranks that share this rank's layers, documents and tokens. cp: those that share its layers
+    and documents, and have other tokens of them. tp_cp: both together. pp: the pipeline ranks of its replica. pp_wrap:
+    the same, for what the last sends to the first where there are virtual stages. control: all ranks, on the CPU, for
+    small values; it waits for days, since a rank may tokenize for hours.
     """
 
     place: Place
     world: dist.ProcessGroup
     tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    pp_wrap: dist.ProcessGroup
     control: dist.ProcessGroup
     device: torch.device
 
@@ -103,29 +109,43 @@ def current_groups(*, sp: bool = False) -> ProcessGroups:
     ``sp``: whether the model splits the sequence over the tp axis, which Megatron's parallel state does not know.
 
     Raises:
-        ConfigError: there are none, or they use an axis that this release does not support.
+        ConfigError: there are none, or their ranks stand in another order than Megatron's default.
     """
     if _OPEN:
         return _OPEN[0]
     if not has_groups():
         raise ConfigError("process groups", "must have been made, e.g. with `process_groups(Topology(tp=2))`", None)
-    for axis, size in (
-        ("context", parallel_state.get_context_parallel_world_size()),
-        ("virtual pipeline", parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
-    ):
-        if size > 1:
-            raise ConfigError(f"{axis} parallel size", "must be 1 in this release", size)
     tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    cp, tp_cp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_and_context_parallel_group()
     world = dist.group.WORLD
-    if world is None or tp is None or pp is None:
-        raise ConfigError("process groups", "must include this rank in a tp and a pp group", None)
-    topology = Topology(tp=tp.size(), pp=pp.size(), dp=dist.get_world_size() // (tp.size() * pp.size()), sp=sp)
+    if world is None or tp is None or pp is None or cp is None or tp_cp is None:
+        raise ConfigError("process groups", "must include this rank in a tp, a cp and a pp group", None)
+    topology = Topology(
+        tp=tp.size(),
+        pp=pp.size(),
+        vp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        cp=cp.size(),
+        dp=dist.get_world_size() // (tp.size() * cp.size() * pp.size()),
+        sp=sp,
+    )
     place = topology.at(dist.get_rank())
-    own = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    if own != (place.tp, place.pp):
+    own = tp.rank(), cp.rank(), pp.rank()
+    if own != (place.tp, place.cp, place.pp):
         raise ConfigError("order of the parallel axes", "must be Megatron's default, tp-cp-ep-dp-pp", "another")
+    wrap = _pipeline_groups(topology)[place.tp, place.cp, place.dp] if topology.vp > 1 else pp
     control = dist.new_group(backend="gloo", timeout=timedelta(days=CONTROL_TIMEOUT_DAYS))
-    return ProcessGroups(place=place, world=world, tp=tp, pp=pp, control=control, device=device())
+    return ProcessGroups(
+        place=place, world=world, tp=tp, cp=cp, tp_cp=tp_cp, pp=pp, pp_wrap=wrap, control=control, device=device()
+    )
+
+
+def _pipeline_groups(topology: Topology) -> dict[tuple[int, int, int], dist.ProcessGroup]:
+    """A second pipeline group for each place on the tp, cp and dp axes. Collective over all ranks."""
+    made = {}
+    for tp, cp, dp in product(range(topology.tp), range(topology.cp), range(topology.dp)):
+        ranks = [topology.rank(tp=tp, cp=cp, dp=dp, pp=pp) for pp in range(topology.pp)]
+        made[tp, cp, dp] = dist.new_group(ranks)
+    return made
 
 
 def has_groups() -> bool:
@@ -154,6 +174,8 @@ def _make_groups(topology: Topology, timeout_secs: float) -> ProcessGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
+        context_parallel_size=topology.cp,
         distributed_timeout_minutes=max(1, round(timeout_secs / 60)),
     )
     # Megatron's own switch to a tracker whose fork does nothing: a forward without dropout draws no random numbers,

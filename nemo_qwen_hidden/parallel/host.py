@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings import rotary_pos_embedding
+from torch import Tensor
 
 
 def device() -> torch.device:
@@ -21,10 +24,20 @@ def megatron_on_host() -> Iterator[None]:
     """While entered, ``torch.cuda.current_device()`` answers with the CPU device.
 
     megatron-core 0.16.1 asks it for the device of new tensors: ``rotary_pos_embedding.py:162``,
-    ``tensor_parallel/mappings.py:91,141,181``, ``tensor_parallel/layers.py:552``, ``utils.py:631``.
+    ``tensor_parallel/mappings.py:91,141,181``, ``tensor_parallel/layers.py:552``, ``utils.py:631``. Under context
+    parallelism it pins memory and copies it to the GPU to choose rotary embeddings (``rope_utils.py:62``).
     """
     if torch.cuda.is_available():
         yield
         return
-    with mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")):
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _rotary_of_cp_rank),
+    ):
         yield
+
+
+def _rotary_of_cp_rank(rotary: Tensor, dimension: int, cp: dist.ProcessGroup) -> Tensor:
+    """The chunks of a context-parallel rank, as Megatron chooses them."""
+    chunks = rotary.chunk(2 * cp.size(), dim=dimension)
+    return torch.cat([chunks[cp.rank()], chunks[2 * cp.size() - 1 - cp.rank()]], dim=dimension)

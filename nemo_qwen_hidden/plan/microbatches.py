@@ -1,7 +1,7 @@
 """How documents become microbatches: windows over long documents, grouping by length, padding or packing.
 
 The microbatches of a corpus depend on its document lengths and on the options here alone: not on the layout (but
-for the padding that sequence parallelism needs), and not on what has been done already.
+for the padding that sequence and context parallelism need), and not on what has been done already.
 
 S: tokens along the sequence axis of one microbatch, padding included. B: sequences side by side in it.
 """
@@ -26,13 +26,15 @@ class Microbatch:
     """What goes through the model at once.
 
     index: number of the microbatch in the corpus. tokens: S. packed: the segments lie end to end in one sequence
-    (B = 1); otherwise one sequence each (B = number of segments), padded on the right.
+    (B = 1), each padded to a multiple of ``segment_multiple``; otherwise one sequence each (B = number of segments),
+    padded on the right.
     """
 
     index: int
     segments: tuple[Segment, ...]
     tokens: int
     packed: bool
+    segment_multiple: int = 1
 
     @property
     def sequences(self) -> int:
@@ -44,11 +46,17 @@ class Microbatch:
         """Tokens of the corpus in it, padding not counted."""
         return sum(segment.length for segment in self.segments)
 
+    def bounds(self) -> list[int]:
+        """Where each packed segment begins on the sequence axis, and where its padding ends: one more than there are
+        segments, or two where the axis is padded at its end."""
+        sizes = (_up(segment.length, self.segment_multiple) for segment in self.segments)
+        bounds = list(accumulate(sizes, initial=0))
+        return bounds if bounds[-1] == self.tokens else [*bounds, self.tokens]
+
     def places(self) -> Iterator[tuple[Segment, int, int]]:
         """Each segment, the sequence that it is in (0 to B-1), and its first token there (0 to S-1)."""
         if self.packed:
-            offsets = accumulate((segment.length for segment in self.segments), initial=0)
-            for segment, offset in zip(self.segments, offsets, strict=False):
+            for segment, offset in zip(self.segments, self.bounds(), strict=False):
                 yield segment, 0, offset
         else:
             for sequence, segment in enumerate(self.segments):
@@ -58,16 +66,25 @@ class Microbatch:
 @dataclass(frozen=True, kw_only=True)
 class Batching:
     """Options. batch_tokens: S x B at the most, unless one segment alone is longer. multiple_of: S is made a
-    multiple of it (the tp size, under sequence parallelism)."""
+    multiple of it, and a packed segment is padded to a multiple of ``segment_multiple``: see ``Topology``."""
 
     max_tokens: int
     batch_tokens: int
     packing: bool
     multiple_of: int = 1
+    segment_multiple: int = 1
 
     def padded(self, tokens: int) -> int:
         """``tokens`` rounded up to the next permitted S."""
-        return -(-tokens // self.multiple_of) * self.multiple_of
+        return _up(tokens, self.multiple_of)
+
+    def packed_size(self, segment: Segment) -> int:
+        """Tokens that a segment takes of a packed sequence."""
+        return _up(segment.length, self.segment_multiple)
+
+
+def _up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
 
 
 def segments(lengths: Iterable[int], max_tokens: int, first_row: int = 0) -> Iterator[Segment]:
@@ -92,9 +109,14 @@ def plan(
     for group in _groups(stream, batching.batch_tokens * GROUPED_MICROBATCHES):
         group.sort(key=lambda segment: (-segment.length, segment.first_row))
         for members in _fill(group, batching):
-            total = sum(member.length for member in members) if batching.packing else members[0].length
+            packing = batching.packing
+            total = sum(map(batching.packed_size, members)) if packing else members[0].length
             yield Microbatch(
-                index=index, segments=tuple(members), tokens=batching.padded(total), packed=batching.packing
+                index=index,
+                segments=tuple(members),
+                tokens=batching.padded(total),
+                packed=packing,
+                segment_multiple=batching.segment_multiple,
             )
             index += 1
 
@@ -114,17 +136,17 @@ def _groups(stream: Iterable[Segment], group_tokens: int) -> Iterator[list[Segme
 
 def _fill(group: Sequence[Segment], batching: Batching) -> Iterator[list[Segment]]:
     members: list[Segment] = []
-    tokens = 0  # sum of lengths where packed
+    tokens = 0  # taken so far, where packed
     for segment in group:
         if batching.packing:
-            size = batching.padded(tokens + segment.length)
+            size = batching.padded(tokens + batching.packed_size(segment))
         else:  # sorted, so the first member is the longest
             size = batching.padded(members[0].length if members else segment.length) * (len(members) + 1)
         if members and size > batching.batch_tokens:
             yield members
             members, tokens = [], 0
         members.append(segment)
-        tokens += segment.length
+        tokens += batching.packed_size(segment)
     if members:
         yield members
 

@@ -43,6 +43,25 @@ def _numpy(model: Any, batch: Batch, options: dict[str, Any]) -> dict[HookPoint,
     return {point: state.float().cpu().numpy() for point, state in states.items()}
 
 
+def in_each_layout(
+    rank: Rank, layouts: Sequence[tuple[Topology, dict[str, Any]]], folder: Path, batch: Batch, options: Sequence[Any]
+) -> Any:
+    """``gathered`` in one layout after the other, all of as many ranks: a topology, and arguments of ``Split``."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.plan.stages import Split
+
+    torch.set_num_threads(1)
+    found = []
+    for number, (topology, split) in enumerate(layouts):
+        rendezvous = rank.rendezvous.with_name(f"{rank.rendezvous.name}-{number}")
+        with process_groups(topology, rank=rank.rank, rendezvous=rendezvous) as groups:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, split=Split(**split))
+            found.append([_numpy(model, batch, chosen) for chosen in options])
+            dist.barrier()
+    return found
+
+
 def local_and_all(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:
     """``gather="none"`` and ``gather="all"`` of the same batch, as this rank gets them."""
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
@@ -121,6 +140,7 @@ def forward_outputs(rank: Rank, topology: Topology, folder: Path, batch: Batch) 
 def runs_ahead(rank: Rank, folder: Path, batch: Batch, meeting: Path) -> list[int]:
     """On two stages: the second holds its first microbatch back until the first has done three. Returns the order in
     which this stage's microbatches were done."""
+    from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden.hookpoint import HookPoint
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.parallel.groups import process_groups
@@ -142,7 +162,10 @@ def runs_ahead(rank: Rank, folder: Path, batch: Batch, meeting: Path) -> list[in
     with process_groups(Topology(pp=2), rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
         last = HookPoint("resid_post", model.config.num_layers - 1)
-        model.capture(microbatches, lambda first, n: rows[first : first + n], points=[last], sink=hold_back, done=done)
+        capture = Capture(points=(last,))
+        model.capture(
+            microbatches, lambda first, n: rows[first : first + n], capture=capture, sink=hold_back, done=done
+        )
         dist.barrier()
     return order
 
@@ -186,12 +209,13 @@ def custom_layout(rank: Rank, folder: Path, batch: Batch, layout: list[list[str]
     from nemo_qwen_hidden.model.weights import load_weights
     from nemo_qwen_hidden.parallel.groups import process_groups
     from nemo_qwen_hidden.parallel.host import megatron_on_host
+    from nemo_qwen_hidden.plan.stages import split_layers
 
     torch.set_num_threads(1)
     topology, architecture = Topology(pp=2), read_architecture(folder)
     with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         layers = architecture.shape.num_layers
-        config = configure(architecture, topology, dtype="fp32", num_layers=layers, final_norm=True)
+        config = configure(architecture, topology, dtype="fp32", stages=split_layers(layers, 2), final_norm=True)
         config.pipeline_model_parallel_layout = layout
         config.__post_init__()
         model = Qwen2HiddenModel(config)

@@ -75,7 +75,7 @@ def test_bytes_of_a_rank() -> None:
 def test_problems_of_several_settings_come_together_each_once() -> None:
     with pytest.raises(ConfigErrors) as caught:
         prepared(parallel=ParallelSettings(tp=3, pp=7), data=DataSettings(max_tokens=513))
-    assert [problem.setting for problem in caught.value.problems] == ["parallel.tp", "parallel.pp", "data.max_tokens"]
+    assert [problem.setting for problem in caught.value.problems] == ["parallel.tp", "data.max_tokens", "parallel.pp"]
 
 
 def test_a_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
