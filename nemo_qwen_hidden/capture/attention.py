@@ -76,7 +76,8 @@ class AttentionInputs:
             keys = key_SBGD[offset : offset + int(last_seen[-1]) + 1, sequence][:, list(self.groups)]
             hidden = torch.arange(len(keys)) > last_seen[:, None]
             queries = self.query[done : done + run.kept]
-            scores = torch.einsum("nad,kad->nak", queries.float(), keys.float()) / sqrt(keys.shape[-1])
+            # in float64, so that what is asked for beside a row does not show in its bits
+            scores = torch.einsum("nad,kad->nak", queries.double(), keys.double()) / sqrt(keys.shape[-1])
             scores = scores.masked_fill(hidden[:, None].to(scores.device), -torch.inf)
             found[done : done + run.kept, :, : len(keys)] = scores.softmax(dim=-1).to(found.dtype)
             done += run.kept

@@ -89,10 +89,11 @@ def gather_slices(
     *,
     widths: Mapping[HookPoint, int],
     dtype: torch.dtype,
-    pools: bool = False,
+    divisors: bool = True,
 ) -> Iterator[LocalSlice]:
     """Yields every slice of ``expected`` on rank 0, one at a time, on the CPU; nothing on the others. Collective over
-    all ranks: has to be run to its end on each. widths: numbers in one token's state. pools: see ``Capture``.
+    all ranks: has to be run to its end on each. widths: numbers in one token's state. divisors: whether those of the
+    final norm come with its states.
 
     Goes over the control group, whose patience outlasts a slow disk behind rank 0.
     """
@@ -103,7 +104,7 @@ def gather_slices(
         elif rank == 0:
             rows = sum(run.kept for run in holding.runs)
             values = torch.empty(rows, widths[holding.hook_point], dtype=dtype)
-            divisor = torch.empty(rows) if holding.hook_point.normed and not pools else None
+            divisor = torch.empty(rows) if holding.hook_point.normed and divisors else None
             for tensor in (values, divisor):
                 if tensor is not None:
                     dist.recv(tensor, group=groups.control, group_src=holding.rank)

@@ -101,18 +101,20 @@ class Pipeline:
         capture: Capture,
         start: int | None = None,
     ) -> None:
-        self._groups, self._capture, self._config = groups, capture, chunks[0].config
+        self.groups, self.capture, self._config = groups, capture, chunks[0].config
         points = capture.points
         self._layers = range(start or 0, deepest(points, stages[-1].stop))
         self._final_norm = any(point.site == FINAL_NORM for point in points)
         first = 0 if start is None else stage_of_layer(start, stages)
         last = max(stage_of(point, stages) for point in points)
-        self._stages = [
+        self.stages = [
             Stage(number=number, model=chunk, first=number == first, last=number == last)
             for number, chunk in zip(groups.place.stages, chunks, strict=True)
             if first <= number <= last
         ]
-        self._points = {stage.number: points_of_stage(points, stages, stage.number) for stage in self._stages}
+        self.points = {stage.number: points_of_stage(points, stages, stage.number) for stage in self.stages}
+        places = [(edit, stage_of(edit.edit.hook_point, stages)) for edit in capture.edits]
+        self._edits = {s.number: [edit for edit, place in places if place == s.number] for s in self.stages}
 
     def run(
         self,
@@ -128,50 +130,59 @@ class Pipeline:
         microbatch. states: (first row, length) to the states [length, H] that the first layer is given, where the
         pipeline has a ``start``.
         """
-        if not self._stages:
+        if not self.stages:
             return
-        with ExitStack() as stack:
-            stack.enter_context(megatron_on_host())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(self._groups.device.type, enabled=False))
-            taps = {}
-            for stage in self._stages:
-                stack.enter_context(_evaluating(stage.model))
-                stack.enter_context(part_of_decoder(stage.model, self._layers, final_norm=self._final_norm))
-                points = self._points[stage.number]
-                taps[stage.number] = stack.enter_context(tapped(stage.model, self._capture, points, self._groups, sink))
+        with self.entered(sink) as taps:
             sends: deque[tuple[dist.Work, Tensor]] = deque()
             for microbatch, stage, received in self._receive(self._order(microbatches)):
                 if stage.first and states is not None:
                     received = self._given_states(microbatch, states)
-                hidden = self._forward(microbatch, stage, received, tokens, taps[stage.number])
+                hidden = self.forward(microbatch, stage, received, tokens, taps[stage.number])
                 if not stage.last:
-                    sends.append(self._send(hidden, stage))
+                    sends.append(self.send(hidden, stage))
                     while len(sends) > SENDS_IN_FLIGHT:
                         wait_for_peer(sends.popleft()[0])
-                if stage is self._stages[-1]:
+                if stage is self.stages[-1]:
                     done(microbatch)
             for work, _ in sends:
                 wait_for_peer(work)
-            for stage in self._stages:
+
+    @contextmanager
+    def entered(self, sink: Sink, *, gradients: bool = False) -> Iterator[dict[int, Taps]]:
+        """While entered, this rank's chunks are as they have to be to run; the taps on them, by number of the stage."""
+        with ExitStack() as stack:
+            stack.enter_context(megatron_on_host())
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(torch.autocast(self.groups.device.type, enabled=False))
+            taps = {}
+            for stage in self.stages:
+                stack.enter_context(_evaluating(stage.model))
+                stack.enter_context(part_of_decoder(stage.model, self._layers, final_norm=self._final_norm))
+                points, edits = self.points[stage.number], self._edits[stage.number]
+                taps[stage.number] = stack.enter_context(
+                    tapped(stage.model, self.capture, points, edits, self.groups, sink)
+                )
+            yield taps
+            for stage in self.stages:
                 stage.model.set_input_tensor(None)
 
     def _order(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Stage]]:
         """What this rank runs, in the order that all pipeline ranks share: with virtual stages, pp microbatches go
         through one stage before the rank turns to its next, so that the first is back by then."""
-        at_once = 1 if len(self._stages) == 1 else self._groups.topology.pp
+        at_once = 1 if len(self.stages) == 1 else self.groups.topology.pp
         stream = iter(microbatches)
         while group := list(islice(stream, at_once)):
-            for stage in self._stages:
+            for stage in self.stages:
                 for microbatch in group:
                     yield microbatch, stage
 
-    def _forward(
+    def forward(
         self, microbatch: Microbatch, stage: Stage, received: Tensor | None, tokens: TokenRows, taps: Taps
     ) -> Tensor:
-        topology, place = self._groups.topology, self._groups.place
-        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=self._capture.choice)
-        inputs = make_inputs(microbatch, view.spans, tokens, self._groups.device)
+        """What a stage gives for a microbatch, [C, B, H]; ``received`` is what the stage before gave."""
+        topology, place = self.groups.topology, self.groups.place
+        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=self.capture.choice)
+        inputs = make_inputs(microbatch, view.spans, tokens, self.groups.device)
         model, given = stage.model, None
         if received is not None and model.pre_process:
             given = received
@@ -189,9 +200,9 @@ class Pipeline:
 
     def _given_states(self, microbatch: Microbatch, states: StateRows) -> Tensor:
         """The states of this rank's tokens, [C, B, H]; zero where there is padding."""
-        topology, place = self._groups.topology, self._groups.place
+        topology, place = self.groups.topology, self.groups.place
         view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=None)
-        given = torch.zeros(self._shape(microbatch), dtype=self._config.params_dtype, device=self._groups.device)
+        given = torch.zeros(self._shape(microbatch), dtype=self._config.params_dtype, device=self.groups.device)
         for run in view.residual_runs:
             start = run.index - view.first_index
             given[start : start + run.length, run.sequence] = states(run.first_row, run.length).to(given)
@@ -201,29 +212,30 @@ class Pipeline:
         """Each step with what the stage before sent for it; the next receive is posted before a step is yielded."""
         waiting: deque[tuple[Microbatch, Stage, tuple[dist.Work, Tensor] | None]] = deque()
         for microbatch, stage in order:
-            waiting.append((microbatch, stage, None if stage.first else self._post_receive(microbatch, stage)))
+            waiting.append((microbatch, stage, None if stage.first else self.post_receive(microbatch, stage)))
             if len(waiting) > 1:
                 yield self._arrived(*waiting.popleft())
         while waiting:
             yield self._arrived(*waiting.popleft())
 
-    def _post_receive(self, microbatch: Microbatch, stage: Stage) -> tuple[dist.Work, Tensor]:
-        hidden_CBH = torch.empty(self._shape(microbatch), dtype=self._config.params_dtype, device=self._groups.device)
-        group, source = self._link(stage.number - 1)
+    def post_receive(self, microbatch: Microbatch, stage: Stage) -> tuple[dist.Work, Tensor]:
+        """Begins to receive what the stage before sends: [C, B, H], there when the work is done."""
+        hidden_CBH = torch.empty(self._shape(microbatch), dtype=self._config.params_dtype, device=self.groups.device)
+        group, source = self.link(stage.number - 1)
         return _work(dist.irecv(hidden_CBH, group=group, group_src=source)), hidden_CBH
 
     def _shape(self, microbatch: Microbatch) -> tuple[int, int, int]:
         """[C, B, H] of what goes from stage to stage."""
-        topology = self._groups.topology
+        topology = self.groups.topology
         local = microbatch.tokens // (topology.cp * (topology.tp if topology.sp else 1))
         return local, microbatch.sequences, self._config.hidden_size
 
-    def _link(self, stage: int) -> tuple[dist.ProcessGroup, int]:
+    def link(self, stage: int) -> tuple[dist.ProcessGroup, int]:
         """The group over which a stage sends to the next, and the pipeline rank of the stage. Between the last and the
         first pipeline rank it is another, since NCCL keeps the order of what one pair of ranks exchanges in a group."""
-        rank = stage % self._groups.topology.pp
-        wraps = rank == self._groups.topology.pp - 1
-        return (self._groups.pp_wrap if wraps else self._groups.pp), rank
+        rank = stage % self.groups.topology.pp
+        wraps = rank == self.groups.topology.pp - 1
+        return (self.groups.pp_wrap if wraps else self.groups.pp), rank
 
     @staticmethod
     def _arrived(
@@ -234,11 +246,11 @@ class Pipeline:
         wait_for_peer(receive[0])
         return microbatch, stage, receive[1]
 
-    def _send(self, hidden_CBH: Tensor, stage: Stage) -> tuple[dist.Work, Tensor]:
-        """The tensor has to live until the work is done."""
+    def send(self, hidden_CBH: Tensor, stage: Stage) -> tuple[dist.Work, Tensor]:
+        """Begins to send to the next stage. The tensor has to live until the work is done."""
         sent = hidden_CBH.detach().contiguous()
-        group, rank = self._link(stage.number)
-        target = (rank + 1) % self._groups.topology.pp
+        group, rank = self.link(stage.number)
+        target = (rank + 1) % self.groups.topology.pp
         return _work(dist.isend(sent, group=group, group_dst=target)), sent
 
 

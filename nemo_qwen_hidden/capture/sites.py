@@ -26,8 +26,9 @@ AttentionVisit = Callable[[Tensor, Tensor], None]
 """Gets queries [C, B, N, D] and keys [C, B, G, D] after rotary embedding."""
 
 
-def visit_site(model: MCoreGPTModel, point: HookPoint, visit: Visit) -> RemovableHandle:
-    """Calls ``visit`` whenever the state at ``point`` passes, until the handle is removed.
+def visit_site(model: MCoreGPTModel, point: HookPoint, visit: Visit, *, prepend: bool = False) -> RemovableHandle:
+    """Calls ``visit`` whenever the state at ``point`` passes, until the handle is removed; with ``prepend`` (at
+    ``embed`` alone) before those that are there already.
 
     Layers are found by Megatron's own ``layer_number`` (1-based, over the whole model), never by position.
 
@@ -36,7 +37,7 @@ def visit_site(model: MCoreGPTModel, point: HookPoint, visit: Visit) -> Removabl
     """
     if point.site == sites.EMBED:
         embedding = getattr(model, "embedding", None) if model.pre_process else None
-        return _after(_found(embedding, point), visit)
+        return _after(_found(embedding, point), visit, prepend=prepend)
     if point.site == sites.FINAL_NORM:
         return _after(_found(model.decoder.final_layernorm, point), visit)
     layer = layer_of(model, point)
@@ -89,7 +90,7 @@ def _found(module: Any, point: HookPoint) -> Any:
     return module
 
 
-def _after(module: nn.Module, visit: Visit, *, adds_bias: bool = False) -> RemovableHandle:
+def _after(module: nn.Module, visit: Visit, *, adds_bias: bool = False, prepend: bool = False) -> RemovableHandle:
     """What a module gives: a state, or a state and something beside it. ``adds_bias``: that something is a bias, or
     None, which Megatron adds outside of the module; the state is their sum."""
 
@@ -102,7 +103,7 @@ def _after(module: nn.Module, visit: Visit, *, adds_bias: bool = False) -> Remov
             return None
         return (replaced, None if adds_bias else beside) if isinstance(output, tuple) else replaced
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(hook, prepend=prepend)
 
 
 def _before(module: nn.Module, visit: Visit) -> RemovableHandle:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nemo_qwen_hidden.capture.attention import AttentionInputs, AttentionWeights
+from nemo_qwen_hidden.capture.edits import BoundEdit
 from nemo_qwen_hidden.capture.exchange import sum_over_ranks, to_full_width
 from nemo_qwen_hidden.capture.rows import Choice, View
 from nemo_qwen_hidden.capture.sites import visit_attention, visit_site
@@ -50,9 +51,10 @@ Sink = Callable[[LocalSlice], None]
 @dataclass(frozen=True, kw_only=True)
 class Capture:
     """What is captured. points: on any stage. choice: which rows; None is all. attention: how attention weights are
-    wanted, where they are."""
+    wanted, where they are. edits: what is changed on the way; a state is captured as it goes on."""
 
     points: tuple[HookPoint, ...]
+    edits: tuple[BoundEdit, ...] = ()
     choice: Choice | None = None
     attention: AttentionWeights = field(default_factory=AttentionWeights)
 
@@ -93,6 +95,10 @@ class Taps:
                 before = copy_rows(before_CBW.detach(), view.runs, first_index=view.first_index).float()
                 divisor = (before.square().mean(dim=1) + self._norm_epsilon).sqrt()
             self._emit(point, values, divisor)
+
+    def replace(self, edit: BoundEdit, state_CBH: Tensor, _before: Tensor) -> Tensor | None:
+        """What goes on in place of a state."""
+        return None if self.view is None else edit(state_CBH, self.view)
 
     def record_attention(self, point: HookPoint, query: Tensor, key: Tensor) -> None:
         """Copies the queries of kept rows, and all keys."""
@@ -180,9 +186,15 @@ def copy_rows(state_CBW: Tensor, runs: Sequence[Run], *, first_index: int = 0) -
 
 @contextmanager
 def tapped(
-    model: MCoreGPTModel, capture: Capture, points: Sequence[HookPoint], groups: ProcessGroups, sink: Sink
+    model: MCoreGPTModel,
+    capture: Capture,
+    points: Sequence[HookPoint],
+    edits: Sequence[BoundEdit],
+    groups: ProcessGroups,
+    sink: Sink,
 ) -> Iterator[Taps]:
-    """Puts hooks on those modules of this stage that ``points`` name, and always takes them away again.
+    """Puts hooks on those modules of this stage that ``points`` and ``edits`` name, edits first, and always takes them
+    away again.
 
     Raises:
         HiddenStatesError: a hook point is not on this stage, or the decoder runs from CUDA graphs, which bypass hooks.
@@ -192,6 +204,8 @@ def tapped(
     taps = Taps(capture, groups, sink, norm_epsilon=model.config.layernorm_epsilon)
     handles: list[RemovableHandle] = []
     try:
+        for edit in edits:
+            handles.append(visit_site(model, edit.edit.hook_point, partial(taps.replace, edit)))
         for point in points:
             if point.site == ATTN_WEIGHTS:
                 handles.append(visit_attention(model, point, partial(taps.record_attention, point)))

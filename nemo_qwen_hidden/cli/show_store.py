@@ -222,7 +222,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _layout(layout: Mapping[str, Any]) -> str:
-    return " ".join(f"{axis}={str(size).lower()}" for axis, size in layout.items())
+    """Of the axes that a store need not have, only those that are more than 1."""
+    shown = {axis: size for axis, size in layout.items() if axis not in ("vp", "cp") or size != 1}
+    return " ".join(f"{axis}={str(size).lower()}" for axis, size in shown.items())
 
 
 def _time(unix_secs: float) -> str:

@@ -25,13 +25,15 @@ def megatron_on_host() -> Iterator[None]:
 
     megatron-core 0.16.1 asks it for the device of new tensors: ``rotary_pos_embedding.py:162``,
     ``tensor_parallel/mappings.py:91,141,181``, ``tensor_parallel/layers.py:552``, ``utils.py:631``. Under context
-    parallelism it pins memory and copies it to the GPU to choose rotary embeddings (``rope_utils.py:62``).
+    parallelism it pins memory and copies it to the GPU to choose rotary embeddings (``rope_utils.py:62``). It moves the
+    output layer's weight to the GPU where the last stage shares it with the first (``language_module.py:244``).
     """
     if torch.cuda.is_available():
         yield
         return
     with (
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(Tensor, "cuda", lambda tensor: tensor),
         mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _rotary_of_cp_rank),
     ):
         yield

@@ -128,8 +128,8 @@ SETTINGS = {
     ),
     "unknown-hook-point": (
         ["capture.hook_points=[attn@1]"],
-        "`capture.hook_points` must be `embed`, `final_norm`, `all`, `resid_post@i` or `resid_post@start:stop:step`, "
-        "but is 'attn@1' instead.",
+        "`capture.hook_points` must be at one of the sites embed, resid_pre, q, k, v, rot_q, rot_k, attn_weights, z, "
+        "attn_out, resid_mid, mlp_act, mlp_out, resid_post, final_norm, but is 'attn@1' instead.",
     ),
     "no-hook-point": (
         ["capture.hook_points=[]"],

@@ -35,6 +35,7 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
     """Bytes that this rank sends in running a job, into its store or thrown away."""
     import torch
 
+    from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden import extract
     from nemo_qwen_hidden.parallel.agree import wait_for_all
     from nemo_qwen_hidden.parallel.groups import process_groups
@@ -54,6 +55,12 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
                 return torch.from_numpy(table.token_id[first_row : first_row + length].astype("int64"))
 
             microbatches = plan(table.part(0).lengths(0, table.documents).tolist(), job.batching)
-            model.capture(microbatches, tokens, points=job.points, sink=lambda piece: None, done=lambda done: None)
+            model.capture(
+                microbatches,
+                tokens,
+                capture=Capture(points=job.points),
+                sink=lambda piece: None,
+                done=lambda done: None,
+            )
         wait_for_all(groups)
         return sent_bytes()
