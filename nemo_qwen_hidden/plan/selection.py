@@ -15,7 +15,6 @@ from nemo_qwen_hidden.config import TokenSettings
 
 Positions = NDArray[np.int64]
 
-_SPARE_KEYS = 65536
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1
 
@@ -116,27 +115,30 @@ def pooled_last(tokens: TokenSettings, positions: Positions) -> Positions:
 
 
 class RowSample:
-    """Draws ``size`` rows of a whole data set, holding some more than twice as many keys of 8 bytes at the most.
+    """Draws ``size`` rows of a whole data set. Holds keys, 8 bytes each, of at most twice as many rows and ``spare``,
+    beside those of the block that was offered last.
 
     A row is drawn if its key is among the ``size`` smallest of all rows that were offered. No two rows have the same
     key, so that exactly ``min(size, offered)`` are.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self._size, self._state = size, random_key(seed, 0)
+    def __init__(self, size: int, seed: int, *, spare: int = 65536) -> None:
+        self._size, self._state, self._most = size, random_key(seed, 0), 2 * size + spare
+        self._offered = 0
         self._keys = array("Q")
         self._highest: np.uint64 | None = None
 
     def offer(self, rows: Positions) -> None:
         """Adds rows that are kept so far; each row once, in any order and blocks."""
         self._highest = None
+        self._offered += len(rows)
         self._keys.frombytes(random_keys(self._state, rows).tobytes())
-        if len(self._keys) > 2 * self._size + _SPARE_KEYS:
+        if len(self._keys) > self._most:
             self._keys = array("Q", self._smallest().tobytes())
 
     def drawn(self, rows: Positions) -> NDArray[np.bool_]:
         """bool [rows]: which of ``rows`` are drawn, once all have been offered."""
-        if len(self._keys) <= self._size:
+        if self._offered <= self._size:
             return np.ones(len(rows), np.bool_)
         if self._highest is None:
             self._highest = self._smallest().max()
