@@ -27,7 +27,7 @@ def render(document: Document, tokenizer: Tokenizer, *, assistant: bool) -> tupl
         text = tokenizer.render(_messages(document), prompt=False)
         return text, _turns(document, text, tokenizer)
     except TemplateError as error:
-        raise _refused(document, f"must hold messages that the model's chat template takes ({error}") from error
+        raise _refused(document, "must hold messages that the model's chat template takes", str(error)) from error
 
 
 def _turns(document: Document, text: str, tokenizer: Tokenizer) -> Spans:
@@ -37,7 +37,7 @@ def _turns(document: Document, text: str, tokenizer: Tokenizer) -> Spans:
             continue
         if number == 0:
             rule = "must hold chats that begin with another role than the assistant, for `tokens.keep=assistant`"
-            raise _refused(document, f"{rule} (message 0")
+            raise _refused(document, rule, "message 0")
         before = tokenizer.render(messages[:number], prompt=True)
         after = tokenizer.render(messages[: number + 1], prompt=False)
         if not (text.startswith(after) and after.startswith(before)):
@@ -45,7 +45,7 @@ def _turns(document: Document, text: str, tokenizer: Tokenizer) -> Spans:
                 "must hold messages that the chat template renders alike whatever follows, for `tokens.keep=assistant`"
             )
             ways = "a template with {% generation %} marks, or `tokens.keep=mask` over token ids, does without"
-            raise _refused(document, f"{rule} ({ways}; message {number}")
+            raise _refused(document, rule, f"{ways}; message {number}")
         spans.append((len(before), _end(after, len(before), tokenizer)))
     return spans
 
@@ -61,6 +61,5 @@ def _messages(document: Document) -> list[dict[str, object]]:
     return [dict(message) for message in document.messages or ()]
 
 
-def _refused(document: Document, rule: str) -> DataError:
-    """``rule`` ends within a bracket, to which the document is added."""
-    return DataError(DATA_PATH, f"{rule}; document {document.id!r})", document.source)
+def _refused(document: Document, rule: str, what: str) -> DataError:
+    return DataError(DATA_PATH, f"{rule} ({what}; document {document.id!r})", document.source)

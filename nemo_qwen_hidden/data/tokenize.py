@@ -82,9 +82,8 @@ def _encoded(documents: list[Document], tokenizer: Tokenizer, *, assistant: bool
     """Ids and mask of each text and chat, in order."""
     texts = [_text_of(document, tokenizer, assistant=assistant) for document in documents if document.token_ids is None]
     # A chat template writes the special tokens of a chat.
-    plain, chats = (
-        iter(_encoded_alike([text for text in texts if text.is_chat == kind], tokenizer)) for kind in (0, 1)
-    )
+    chats = _encoded_alike([text for text in texts if text.is_chat], tokenizer, add_special_tokens=False)
+    plain = _encoded_alike([text for text in texts if not text.is_chat], tokenizer)
     for text in texts:
         yield next(chats if text.is_chat else plain)
 
@@ -102,10 +101,8 @@ def _text_of(document: Document, tokenizer: Tokenizer, *, assistant: bool) -> _T
     return _Text(*chat.render(document, tokenizer, assistant=assistant), True)
 
 
-def _encoded_alike(texts: list[_Text], tokenizer: Tokenizer) -> Iterator[_Encoded]:
-    if not texts:
-        return
-    contents, options = [text.text for text in texts], {"add_special_tokens": False} if texts[0].is_chat else {}
+def _encoded_alike(texts: list[_Text], tokenizer: Tokenizer, **options: bool) -> Iterator[_Encoded]:
+    contents = [text.text for text in texts]
     if all(text.spans is None for text in texts):
         yield from ((ids, None) for ids in tokenizer.encode_batch(contents, **options))
         return
@@ -115,10 +112,13 @@ def _encoded_alike(texts: list[_Text], tokenizer: Tokenizer) -> Iterator[_Encode
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
     """bool [tokens]: which tokens, standing for these characters of a text, have one in any of ``spans``."""
-    tokens = np.asarray(offsets, np.int64).reshape(-1, 2)
-    marked = np.zeros(len(tokens), np.bool_)
-    for start, stop in spans:
-        marked |= np.maximum(tokens[:, 0], start) < np.minimum(tokens[:, 1], stop)
+    tokens, chosen = (np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in (offsets, spans))
+    steps = np.zeros(1 + max(tokens.max(initial=0), chosen.max(initial=0)), np.int64)
+    np.add.at(steps, chosen[:, 0], 1)
+    np.add.at(steps, chosen[:, 1], -1)
+    inside = np.cumsum(steps) > 0
+    before = np.concatenate([[0], np.cumsum(inside)])  # characters inside of a span, before each
+    marked: npt.NDArray[np.bool_] = before[tokens[:, 1]] > before[tokens[:, 0]]
     return marked
 
 
