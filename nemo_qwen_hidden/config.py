@@ -3,6 +3,8 @@
 Units are in the names: ``_tokens``, ``_rows``. Nothing below the command line sees Hydra or OmegaConf.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
@@ -14,6 +16,12 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 GATHER = ("none", "rank0")
 NONFINITE = ("refuse", "keep")
 ADD = ("hook_points", "documents")
+KEEP = ("all", "last", "spans", "mask", "assistant")
+SAMPLE_OF = ("document", "all")
+POOL = ("none", "last", "mean", "weighted_mean")
+MEANS = ("mean", "weighted_mean")
+
+_SPAN = re.compile(r"(-?\d+)?:(-?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ class DataSettings:
     max_tokens: longer documents are run as consecutive windows of this many tokens, each from position 0; None
     stands for the model's ``max_position_embeddings``. batch_tokens: tokens in one microbatch, padding included,
     unless a single document is longer. packing: documents laid end to end with attention kept within each,
-    instead of a padded batch. text_field, id_field: names in JSONL and Parquet.
+    instead of a padded batch. text_field, messages_field, id_field: names in JSONL and Parquet.
     """
 
     path: str | None = None
@@ -80,7 +88,45 @@ class DataSettings:
     batch_tokens: int = 4096
     packing: bool = True
     text_field: str = "text"
+    messages_field: str = "messages"
     id_field: str = "id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """Which tokens' states are kept, chosen before anything is copied; ``docs/tokens.md`` defines each. All that is
+    asked for has to hold of a token; positions count from the beginning of a document. Sampling comes after the other
+    choices, and norms are looked at last.
+
+    keep: ``all``; ``last``, the last token of each document; ``spans``; ``mask``, what ``mask_field`` of its record
+    marks; ``assistant``, what the assistant says in chats. every: positions that this divides. spans: ``start:stop`` in
+    each document, as a Python slice. special, first: whether special tokens, and the first token of a document, may be
+    kept. sample: tokens drawn at random of each document, or of ``all`` together. pool: one vector for each document
+    instead, over its kept tokens. max_norm: rows whose norm is above this multiple of the running median of norms at
+    the hook point ``max_norm_at`` are left out; None is the deepest point of the residual stream that is asked for.
+    """
+
+    keep: str = "all"
+    every: int = 1
+    spans: tuple[str, ...] = ()
+    mask_field: str | None = None
+    special: bool = True
+    first: bool = True
+    sample: int | None = None
+    sample_of: str = "document"
+    seed: int = 0
+    pool: str = "none"
+    max_norm: float | None = None
+    max_norm_at: str | None = None
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """``spans`` as slices over the positions of a document.
+
+        Raises:
+            ConfigError: not of the form ``start:stop``, or none of whose positions could be in any document.
+        """
+        return tuple(map(_slice, self.spans))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +160,7 @@ class Settings:
     capture: CaptureSettings = field(default_factory=CaptureSettings)
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
@@ -136,6 +183,9 @@ def check(settings: Settings) -> None:
         ("precision.nonfinite", settings.precision.nonfinite, NONFINITE),
         ("store.add", settings.store.add, ADD),
         ("capture.gather", settings.capture.gather, GATHER),
+        ("tokens.keep", settings.tokens.keep, KEEP),
+        ("tokens.sample_of", settings.tokens.sample_of, SAMPLE_OF),
+        ("tokens.pool", settings.tokens.pool, POOL),
     )
     for setting, value, allowed in choices:
         if value is not None and value not in allowed:
@@ -143,6 +193,8 @@ def check(settings: Settings) -> None:
     sizes = (
         ("data.max_tokens", settings.data.max_tokens),
         ("data.batch_tokens", settings.data.batch_tokens),
+        ("tokens.every", settings.tokens.every),
+        ("tokens.sample", settings.tokens.sample),
         ("store.shard_rows", settings.store.shard_rows),
         ("runtime.threads", settings.runtime.threads),
     )
@@ -153,6 +205,7 @@ def check(settings: Settings) -> None:
         problems.append(ConfigError("store.commit_secs", "must be at least 0", settings.store.commit_secs))
     if settings.store.add is not None and settings.store.overwrite:
         problems.append(ConfigError("store.overwrite", "must be false where `store.add` adds to a store", True))
+    problems += _token_problems(settings.tokens)
     try:
         parallel = settings.parallel
         Topology(
@@ -166,3 +219,52 @@ def check(settings: Settings) -> None:
     except ConfigError as problem:
         problems.append(problem)
     raise_all(problems)
+
+
+def check_tokens(tokens: TokenSettings) -> None:
+    """Checks a choice of tokens alone, as ``check`` does for a whole run.
+
+    Raises:
+        UserError: one problem, or ``ConfigErrors`` with all of them.
+    """
+    check(Settings(tokens=tokens))
+
+
+def _token_problems(tokens: TokenSettings) -> list[UserError]:
+    problems: list[UserError] = []
+    for setting, given, keep in (("spans", tokens.spans, "spans"), ("mask_field", tokens.mask_field, "mask")):
+        if bool(given) != (tokens.keep == keep):
+            rule = f"must be given where `tokens.keep` is {keep}, and only there"
+            problems.append(ConfigError(f"tokens.{setting}", rule, given))
+    for span in tokens.spans:
+        try:
+            _slice(span)
+        except ConfigError as problem:
+            problems.append(problem)
+    if not 0 <= tokens.seed < 2**64:
+        problems.append(ConfigError("tokens.seed", "must be from 0 to 2**64 - 1", tokens.seed))
+    if tokens.sample is None and tokens.sample_of != "document":
+        rule = "must be document where `tokens.sample` gives no number of tokens to draw"
+        problems.append(ConfigError("tokens.sample_of", rule, tokens.sample_of))
+    if tokens.max_norm is not None and not (tokens.max_norm > 0 and math.isfinite(tokens.max_norm)):
+        problems.append(ConfigError("tokens.max_norm", "must be a number above 0", tokens.max_norm))
+    if tokens.max_norm is not None and tokens.pool != "none":
+        rule = "must be null where `tokens.pool` makes one vector of a document's kept tokens"
+        problems.append(ConfigError("tokens.max_norm", rule, tokens.max_norm))
+    if tokens.max_norm is None and tokens.max_norm_at is not None:
+        rule = "must be null where `tokens.max_norm` leaves nothing out"
+        problems.append(ConfigError("tokens.max_norm_at", rule, tokens.max_norm_at))
+    return problems
+
+
+def _slice(span: str) -> slice:
+    match = _SPAN.fullmatch(span)
+    if match is None:
+        rule = 'must hold slices `start:stop` of positions, such as "0:4" or "-3:", in YAML in quotes'
+        raise ConfigError("tokens.spans", rule, span)
+    start, stop = (None if number is None else int(number) for number in match.groups())
+    # Of one sign, the two can be compared; of two, it depends on the document.
+    low = 0 if start is None else start
+    if stop is not None and (stop == 0 or (low >= stop and (low < 0) == (stop < 0))):
+        raise ConfigError("tokens.spans", "must hold slices with a position in them", span)
+    return slice(start, stop)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_qwen_hidden import target
 from nemo_qwen_hidden.config import BYTES
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
-from nemo_qwen_hidden.data.sources import read_documents
-from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
+from nemo_qwen_hidden.data.tokenize import require_tokens
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.errors import DataError, StoreError, status_of
 from nemo_qwen_hidden.hookpoint import HookPoint
@@ -160,9 +159,8 @@ def _tokenized(job: Job, staged: Path, number: int) -> tuple[Part, str | None]:
         return used[0]
 
     data, fingerprint, windowed = job.settings.data, DataFingerprint(), 0
-    documents = read_documents(job.data_path, text_field=data.text_field, id_field=data.id_field)
     with TokenTableWriter(staged, shard_rows=job.settings.store.shard_rows, part=number) as table:
-        for document in tokenize(documents, tokenizer, vocab_size=job.architecture.shape.vocab_size):
+        for document in job.documents(tokenizer):
             table.append(document_id=document.id, source=document.source, token_ids=document.token_ids)
             fingerprint.update(document)
             windowed += len(document.token_ids) > job.batching.max_tokens

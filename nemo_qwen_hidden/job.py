@@ -1,17 +1,21 @@
 """From settings to a job: everything that can be decided and refused before NeMo is imported or a rank is started."""
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.config import BYTES, Settings, check
-from nemo_qwen_hidden.data.sources import check_path
+from nemo_qwen_hidden.data.sources import check_path, read_documents
+from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
+from nemo_qwen_hidden.data.tokenizer import Tokenizer
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, deepest, expand
 from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
@@ -61,6 +65,19 @@ class Job:
         if path is None:
             raise ConfigError("store.path", "must name the folder to write the hidden states to", None)
         return Path(path).expanduser()
+
+    def documents(self, tokenizer: Callable[[], Tokenizer]) -> Iterator[TokenizedDocument]:
+        """The data, read and tokenized as they are asked for, with the masks that ``tokens.keep`` needs.
+
+        Raises:
+            UserError: from the iterator, documents that cannot be used.
+        """
+        return tokenize(
+            read_documents(self.data_path, **_fields(self.settings)),
+            tokenizer,
+            vocab_size=self.architecture.shape.vocab_size,
+            assistant=self.settings.tokens.keep == "assistant",
+        )
 
     @property
     def log_path(self) -> Path:
@@ -119,7 +136,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     reads_data = settings.store.add != "hook_points"
     if reads_data:
-        check_path(data_path, text_field=settings.data.text_field, id_field=settings.data.id_field)
+        check_path(data_path, **_fields(settings))
     batching = Batching(
         max_tokens=max_tokens,
         batch_tokens=settings.data.batch_tokens,
@@ -153,6 +170,17 @@ def _split(settings: Settings) -> Split:
         loss=parallel.account_for_loss,
         layout=parallel.pipeline_layout,
     )
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+    """Where records hold what, as ``data.sources`` takes it."""
+    data = settings.data
+    return {
+        "text_field": data.text_field,
+        "messages_field": data.messages_field,
+        "id_field": data.id_field,
+        "mask_field": settings.tokens.mask_field,
+    }
 
 
 def _problems(settings: Settings, architecture: Architecture, topology: Topology) -> list[UserError]:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Examples take as long as the machine lets them.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 Start = Callable[..., list[Any]]
 

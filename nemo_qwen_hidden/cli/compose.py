@@ -23,6 +23,7 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 _RULES = {
     int: "must be a whole number",
     bool: "must be true or false",
+    float: "must be a number",
     str: "must be text",
     tuple: "must be a list of texts, such as [embed,all]",
 }
@@ -74,7 +75,11 @@ def _typed(tree: DictConfig) -> Settings:
                 problems.append(problem)
     raise_all(problems)
     settings = cast(Settings, OmegaConf.to_object(schema))
-    return replace(settings, capture=replace(settings.capture, hook_points=tuple(settings.capture.hook_points)))
+    return replace(
+        settings,
+        capture=replace(settings.capture, hook_points=tuple(settings.capture.hook_points)),
+        tokens=replace(settings.tokens, spans=tuple(settings.tokens.spans)),
+    )
 
 
 def _resolved(tree: DictConfig, key: str, given: object) -> Any:

@@ -1,8 +1,7 @@
 """What extract and plan say, as tables, each narrow enough for 80 columns."""
 
 from nemo_qwen_hidden.cli.terminal import Terminal, duration, human
-from nemo_qwen_hidden.data.sources import read_documents
-from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
+from nemo_qwen_hidden.data.tokenize import require_tokens
 from nemo_qwen_hidden.data.tokenizer import load_tokenizer
 from nemo_qwen_hidden.extract import Summary, disk_bytes
 from nemo_qwen_hidden.job import Job
@@ -37,10 +36,8 @@ def summary(done: Summary, terminal: Terminal) -> None:
 def plan(job: Job, terminal: Terminal) -> None:
     """What ``extract`` would do. Tokenizes the data to count its rows; loads no weights."""
     documents = rows = windows = 0
-    stream = read_documents(job.data_path, text_field=job.settings.data.text_field, id_field=job.settings.data.id_field)
-    vocab_size = job.architecture.shape.vocab_size
     with terminal.progress() as bar:
-        for document in tokenize(stream, lambda: load_tokenizer(job.model_folder), vocab_size=vocab_size):
+        for document in job.documents(lambda: load_tokenizer(job.model_folder)):
             documents, rows = documents + 1, rows + len(document.token_ids)
             windows += -(-len(document.token_ids) // job.batching.max_tokens)
             bar.count(rows)

@@ -73,11 +73,15 @@ def _documents(
 def _chosen(schema: "pa.Schema", file: SourceFile, fields: Fields) -> list[str]:
     """The columns to read, checked by type before any row is."""
     held = set(schema.names)
-    if not held & {fields.text, TOKEN_IDS}:
+    if not held & set(fields.contents):
         names = ", ".join(f"`{name}`" for name in schema.names) or "no column"
         what = f"'{file.path}' has {names}; `data.text_field` names the text"
-        raise file.error(f"must have a column `{fields.text}` or `{TOKEN_IDS}` ({what})")
-    chosen = [name for name in (fields.text, TOKEN_IDS, fields.id) if name in held]
+        columns = "`, `".join(fields.contents[:-1])
+        raise file.error(f"must have a column `{columns}` or `{fields.messages}` ({what})")
+    if fields.mask is not None and fields.mask not in held:
+        raise file.error(f"must have a column `{fields.mask}`, the mask ('{file.path}' has none)")
+    wanted = (*fields.contents, fields.id, *([] if fields.mask is None else [fields.mask]))
+    chosen = [name for name in wanted if name in held]
     for name in chosen:
         if schema.names.count(name) > 1:
             raise file.error(f"must have one column of a name ('{file.path}' has several `{name}`)")

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nemo_qwen_hidden.data.chat_record import messages_of
 from nemo_qwen_hidden.data.document import Document
 from nemo_qwen_hidden.data.files import SourceFile
+from nemo_qwen_hidden.data.mask_record import mask_of, spans_of
 from nemo_qwen_hidden.errors import DataError
 
 TOKEN_IDS = "token_ids"
@@ -12,7 +14,7 @@ TOKEN_IDS = "token_ids"
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the fields that hold a record's text and its id.
+    """Names of the fields that hold a record's text, its messages, its id and, where one is used, its mask.
 
     Raises:
         DataError: two of them, or one and ``token_ids``, are the same.
@@ -20,14 +22,27 @@ class Fields:
 
     text: str
     id: str
+    messages: str = "messages"
+    mask: str | None = None
 
     def __post_init__(self) -> None:
-        for setting, name, others in (
-            ("data.text_field", self.text, (TOKEN_IDS,)),
-            ("data.id_field", self.id, (TOKEN_IDS, self.text)),
+        taken = [TOKEN_IDS]
+        for setting, name in (
+            ("data.text_field", self.text),
+            ("data.messages_field", self.messages),
+            ("data.id_field", self.id),
+            ("tokens.mask_field", self.mask),
         ):
-            if name in others:
-                raise DataError(setting, "must name a field other than those of the text and of `token_ids`", name)
+            if name in taken:
+                others = ", ".join(f"`{other}`" for other in taken)
+                raise DataError(setting, f"must name a field other than {others}", name)
+            if name is not None:
+                taken.append(name)
+
+    @property
+    def contents(self) -> tuple[str, str, str]:
+        """The fields of which a record has one."""
+        return self.text, TOKEN_IDS, self.messages
 
 
 def to_document(record: Mapping[str, object], *, file: SourceFile, index: int, place: str, fields: Fields) -> Document:
@@ -38,24 +53,45 @@ def to_document(record: Mapping[str, object], *, file: SourceFile, index: int, p
         place: where the record stands, for messages, e.g. ``line 3 of 'x.jsonl'``.
 
     Raises:
-        DataError: neither or both of text and token ids, or a field of the wrong type.
+        DataError: none or several of text, token ids and messages, or a field of the wrong type.
     """
-    text, token_ids = record.get(fields.text), record.get(TOKEN_IDS)
-    if (text is None) == (token_ids is None):
-        if text is None:
-            held = ", ".join(f"`{name}`" for name in record) or "nothing"
-            what = f"{place} has {held}; `data.text_field` names the text"
-        else:
-            what = f"{place} has both; `data.text_field` may name another field"
-        raise file.error(f"must hold one of `{fields.text}` and `{TOKEN_IDS}` in each record ({what})")
+    text, token_ids, messages = (record.get(name) for name in fields.contents)
+    _check_one(record, file=file, place=place, fields=fields)
     if text is not None and not isinstance(text, str):
         raise file.error(f"must hold a string in `{fields.text}` ({place} has {type(text).__name__})")
+    ids = None if token_ids is None else _integers(token_ids, file, place)
+    turns = None if messages is None else messages_of(messages, file=file, place=place, field=fields.messages)
+    mask, spans = None, None
+    if fields.mask is not None:
+        given = record.get(fields.mask)
+        if text is not None:
+            spans = spans_of(given, len(text), file=file, place=place, field=fields.mask)
+        else:
+            mask = mask_of(given, None if ids is None else len(ids), file=file, place=place, field=fields.mask)
     return Document(
         id=_document_id(record.get(fields.id), file, index, place, fields),
         source=file.name,
         text=text,
-        token_ids=None if token_ids is None else _integers(token_ids, file, place),
+        token_ids=ids,
+        messages=turns,
+        mask=mask,
+        spans=spans,
     )
+
+
+def _check_one(record: Mapping[str, object], *, file: SourceFile, place: str, fields: Fields) -> None:
+    """Whether a record has one content, and no other."""
+    found = [name for name in fields.contents if record.get(name) is not None]
+    if len(found) == 1:
+        return
+    if found:
+        held = " and ".join(f"`{name}`" for name in found)
+        what = f"{place} has {held}; `data.text_field` and `data.messages_field` may name other fields"
+    else:
+        held = ", ".join(f"`{name}`" for name in record) or "nothing"
+        what = f"{place} has {held}; `data.text_field` names the text"
+    text, token_ids, messages = fields.contents
+    raise file.error(f"must hold one of `{text}`, `{token_ids}` and `{messages}` in each record ({what})")
 
 
 def _document_id(given: object, file: SourceFile, index: int, place: str, fields: Fields) -> str:

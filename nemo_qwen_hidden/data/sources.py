@@ -12,29 +12,45 @@ from nemo_qwen_hidden.data.record import Fields
 __all__ = ["Document", "check_path", "read_documents"]
 
 
-def read_documents(path: str, *, text_field: str = "text", id_field: str = "id") -> Iterator[Document]:
+def read_documents(
+    path: str,
+    *,
+    text_field: str = "text",
+    id_field: str = "id",
+    messages_field: str = "messages",
+    mask_field: str | None = None,
+) -> Iterator[Document]:
     """The documents that ``path`` stands for, read as they are asked for, in an order fixed by file names.
 
     Args:
         path: a file, a folder (recursive; hidden files and folders skipped), a glob of files (``**`` allowed), or a
             folder saved by ``datasets``. ``.jsonl`` and ``.ndjson`` (also ``.gz``) and ``.parquet`` hold a record for
             each document; any other file is text, and is one document.
-        text_field, id_field: where a record has its text and its id; ready-made tokens stand in ``token_ids``.
+        text_field, messages_field, id_field: where a record has its text, or the messages of a chat, and its id;
+            ready-made tokens stand in ``token_ids``.
+        mask_field: where each record says what of it is kept; None where none needs to.
 
     Raises:
         DataError: from the call, what ``list_files`` raises; from the iterator, a file or record that cannot be used.
     """
-    fields = Fields(text=text_field, id=id_field)
+    fields = Fields(text=text_field, id=id_field, messages=messages_field, mask=mask_field)
     return _stream(list_files(path), fields)
 
 
-def check_path(path: str, *, text_field: str = "text", id_field: str = "id") -> None:
+def check_path(
+    path: str,
+    *,
+    text_field: str = "text",
+    id_field: str = "id",
+    messages_field: str = "messages",
+    mask_field: str | None = None,
+) -> None:
     """Checks, before anything heavy is started, that each file opens and that the first document can be read.
 
     Raises:
         DataError: as ``read_documents``.
     """
-    fields = Fields(text=text_field, id=id_field)
+    fields = Fields(text=text_field, id=id_field, messages=messages_field, mask=mask_field)
     files = list_files(path)
     for file in files:
         if file.kind != SAVED:
@@ -59,6 +75,8 @@ def _check_opens(file: SourceFile) -> None:
 
 def _read_text(file: SourceFile, fields: Fields) -> Iterator[Document]:
     """One document, byte for byte: line ends stay as they are, and only a leading byte order mark is left out."""
+    if fields.mask is not None:
+        raise file.error(f"must be JSONL or Parquet, for the mask in `{fields.mask}` ('{file.path}' is text)")
     content = file.path.read_bytes()
     start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     try:

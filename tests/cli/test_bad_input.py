@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nemo_qwen_hidden import extract
+from nemo_qwen_hidden import demo, extract
 from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.config import DataSettings, ModelSettings, Settings, StoreSettings
 from nemo_qwen_hidden.job import prepare
@@ -170,6 +170,19 @@ SETTINGS = {
         ["data.path=/nowhere/at/all"],
         "`data.path` must be a file, folder or glob that exists, but is '/nowhere/at/all' instead.",
     ),
+    "slice-that-is-none": (
+        ["tokens.keep=spans", "tokens.spans=[0:4,7]"],
+        '`tokens.spans` must hold slices `start:stop` of positions, such as "0:4" or "-3:", in YAML in quotes, '
+        "but is '7' instead.",
+    ),
+    "mask-without-a-field": (
+        ["tokens.keep=mask"],
+        "`tokens.mask_field` must be given where `tokens.keep` is mask, and only there, but is None instead.",
+    ),
+    "record-without-its-mask": (
+        ["tokens.keep=mask", "tokens.mask_field=keep"],
+        "`data.path` must hold 0 or 1 for each token in `keep` (line 1 of ",
+    ),
     "config-file-missing": (["--config", "/nowhere.yaml"], "`--config` must be a file that exists, but is "),
 }
 
@@ -290,6 +303,14 @@ LATE = {
         b'{"token_ids": [1]}\n{"text": "hello"}\n',
         "`model.path` must hold a tokenizer (tokenizer.json, or vocab.json and merges.txt; data with `token_ids` ",
     ),
+    "empty-message": (
+        b'{"token_ids": [1]}\n{"messages": [{"role": "user", "content": ""}]}\n',
+        "`data.path` must hold no empty message in `messages` (message 0 of line 2 of ",
+    ),
+    "text-beside-messages": (
+        b'{"token_ids": [1]}\n{"text": "a", "messages": [{"role": "user", "content": "b"}]}\n',
+        "`data.path` must hold one of `text`, `token_ids` and `messages` in each record (line 2 of ",
+    ),
 }
 
 
@@ -301,6 +322,20 @@ def test_data_found_bad_while_tokenizing(
 ) -> None:
     data.write_bytes(content)
     assert refuses(f"parallel.tp={world}").startswith(expected)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_chat_and_a_model_without_a_template(refuses: Refuses, data: Path, model: Path) -> None:
+    data.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.model_folder() / name, model)
+    assert refuses("tokens=assistant").startswith("`model.path` must have a chat template for messages (")
+
+
+@pytest.mark.usefixtures("no_server")
+def test_documents_without_an_assistant(refuses: Refuses) -> None:
+    expected = "`data.path` must hold chats alone where `tokens.keep` is assistant (document 'data.jsonl#0' holds token"
+    assert refuses("tokens=assistant").startswith(expected)
 
 
 @pytest.mark.usefixtures("no_server")

@@ -33,4 +33,4 @@ def test_the_folder_holds_the_known_groups_and_no_more() -> None:
 
 
 def test_groups_with_presets() -> None:
-    assert list(presets_table()) == ["parallel", "capture", "precision"]
+    assert list(presets_table()) == ["parallel", "capture", "precision", "tokens"]

@@ -200,9 +200,9 @@ GOOD = b'{"text": "fine"}\n'
         (b"[" * 100_000, "(line 3 of PATH cannot be read: "),
         (b'{"token_ids": [' + b"9" * 5000 + b"]}", "(line 3 of PATH cannot be read: "),
         (b'{"body": "a", "id": 1}', "(line 3 of PATH has `body`, `id`; `data.text_field` names the text)"),
-        (b"{}", "must hold one of `text` and `token_ids` in each record (line 3 of PATH has nothing; "),
+        (b"{}", "must hold one of `text`, `token_ids` and `messages` in each record (line 3 of PATH has nothing; "),
         (b'{"text": null}', "(line 3 of PATH has `text`; "),
-        (b'{"text": "a", "token_ids": []}', "(line 3 of PATH has both; `data.text_field` may name another field)"),
+        (b'{"text": "a", "token_ids": []}', "(line 3 of PATH has `text` and `token_ids`; `data.text_field` and "),
         (b'{"text": 5}', "must hold a string in `text` (line 3 of PATH has int)"),
         (b'{"text": ["a"]}', "(line 3 of PATH has list)"),
         (b'{"text": "a", "id": 1.5}', "must hold a string or an integer in `id` (line 3 of PATH has float)"),
@@ -247,8 +247,8 @@ def test_parquet_without_columns(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table({"body": ["a"], "label": [1]}), path)
     what = f"('{path}' has `body`, `label`; `data.text_field` names the text)"
-    assert rejection(path) == f"must have a column `text` or `token_ids` {what}"
-    assert "must have a column `content` or `token_ids`" in rejection(path, text_field="content")
+    assert rejection(path) == f"must have a column `text`, `token_ids` or `messages` {what}"
+    assert "must have a column `content`, `token_ids` or `messages`" in rejection(path, text_field="content")
     with pytest.raises(DataError, match="`body`, `label`"):
         check_path(str(path))
 
@@ -257,7 +257,7 @@ def test_parquet_without_columns(tmp_path: Path) -> None:
     ("table", "what"),
     [
         ({"text": ["a", None]}, "(row 1 of 'PATH' has `text`; "),
-        ({"text": ["a", "b"], "token_ids": [None, [1]]}, "(row 1 of 'PATH' has both; "),
+        ({"text": ["a", "b"], "token_ids": [None, [1]]}, "(row 1 of 'PATH' has `text` and `token_ids`; "),
         ({"text": [1, 2]}, "must hold a string in `text` (row 0 of 'PATH' has int)"),
         ({"text": [b"a"]}, "(row 0 of 'PATH' has bytes)"),
         ({"token_ids": [[1.5]]}, "must have lists of integers in column `token_ids` ('PATH' has list<"),

@@ -140,7 +140,7 @@ def test_documents_before_a_bad_one_are_given() -> None:
 
 def test_document_holds_exactly_one_of_text_and_ids() -> None:
     for both in ({}, {"text": "a", "token_ids": [1]}, {"text": "", "token_ids": []}):
-        with pytest.raises(DataError, match="exactly one of text and token_ids"):
+        with pytest.raises(DataError, match="exactly one of text, token_ids and messages"):
             Document(id="a", source="s", **both)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nemo_qwen_hidden.config import BYTES, DTYPES, PrecisionSettings, Settings, check
+from nemo_qwen_hidden.config import BYTES, DTYPES, PrecisionSettings, Settings, TokenSettings, check, check_tokens
 from nemo_qwen_hidden.errors import ConfigErrors, UserError
 
 
@@ -35,6 +35,14 @@ def test_every_dtype_has_its_size() -> None:
     assert {name: BYTES[name] for name in DTYPES} == {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
+GIVEN = "must be given where `tokens.keep` is {}, and only there"
+SLICES = (
+    '`tokens.spans` must hold slices `start:stop` of positions, such as "0:4" or "-3:", in YAML in quotes, '
+    "but is {!r} instead."
+)
+EMPTY = "`tokens.spans` must hold slices with a position in them, but is {!r} instead."
+BAD_SLICES = ("", "4", "90", "0:4:2", "a:b", "0.5:2", " 0:4", "--1:", "\u0664:")
+EMPTY_SLICES = ("4:4", "5:2", "-2:-2", "-1:-3", ":0", "-3:0", "0:0")
 NEEDS_TP = "splits the sequence over the tp axis and needs `parallel.tp` of 2 or more"
 
 
@@ -58,6 +66,52 @@ NEEDS_TP = "splits the sequence over the tp axis and needs `parallel.tp` of 2 or
         ("data", {"max_tokens": 0}, "`data.max_tokens` must be at least 1, but is 0 instead."),
         ("data", {"batch_tokens": -1}, "`data.batch_tokens` must be at least 1, but is -1 instead."),
         ("store", {"shard_rows": 0}, "`store.shard_rows` must be at least 1, but is 0 instead."),
+        (
+            "tokens",
+            {"keep": "some"},
+            "`tokens.keep` must be one of all, last, spans, mask, assistant, but is 'some' instead.",
+        ),
+        (
+            "tokens",
+            {"pool": "max"},
+            "`tokens.pool` must be one of none, last, mean, weighted_mean, but is 'max' instead.",
+        ),
+        ("tokens", {"every": 0}, "`tokens.every` must be at least 1, but is 0 instead."),
+        ("tokens", {"sample": 0}, "`tokens.sample` must be at least 1, but is 0 instead."),
+        (
+            "tokens",
+            {"sample": 1, "sample_of": "rows"},
+            "`tokens.sample_of` must be one of document, all, but is 'rows' instead.",
+        ),
+        (
+            "tokens",
+            {"sample_of": "all"},
+            "`tokens.sample_of` must be document where `tokens.sample` gives no number of tokens to draw, "
+            "but is 'all' instead.",
+        ),
+        ("tokens", {"seed": -1}, "`tokens.seed` must be from 0 to 2**64 - 1, but is -1 instead."),
+        ("tokens", {"seed": 2**64}, f"`tokens.seed` must be from 0 to 2**64 - 1, but is {2**64} instead."),
+        ("tokens", {"keep": "spans"}, f"`tokens.spans` {GIVEN.format('spans')}, but is () instead."),
+        ("tokens", {"spans": ("0:4",)}, f"`tokens.spans` {GIVEN.format('spans')}, but is ('0:4',) instead."),
+        ("tokens", {"keep": "mask"}, f"`tokens.mask_field` {GIVEN.format('mask')}, but is None instead."),
+        ("tokens", {"mask_field": "m"}, f"`tokens.mask_field` {GIVEN.format('mask')}, but is 'm' instead."),
+        *(("tokens", {"keep": "spans", "spans": (":", span)}, SLICES.format(span)) for span in BAD_SLICES),
+        *(("tokens", {"keep": "spans", "spans": (span,)}, EMPTY.format(span)) for span in EMPTY_SLICES),
+        *(
+            ("tokens", {"max_norm": bad}, f"`tokens.max_norm` must be a number above 0, but is {bad} instead.")
+            for bad in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        (
+            "tokens",
+            {"max_norm": 2.0, "pool": "mean"},
+            "`tokens.max_norm` must be null where `tokens.pool` makes one vector of a document's kept tokens, "
+            "but is 2.0 instead.",
+        ),
+        (
+            "tokens",
+            {"max_norm_at": "embed"},
+            "`tokens.max_norm_at` must be null where `tokens.max_norm` leaves nothing out, but is 'embed' instead.",
+        ),
         ("runtime", {"threads": 0}, "`runtime.threads` must be at least 1, but is 0 instead."),
         ("parallel", {"tp": 0}, "`parallel.tp` must be at least 1, but is 0 instead."),
         ("parallel", {"pp": -2}, "`parallel.pp` must be at least 1, but is -2 instead."),
@@ -79,6 +133,10 @@ def test_one_problem(group: str, values: dict[str, Any], sentence: str) -> None:
         ("runtime", {"threads": 1}),
         ("parallel", {"tp": 2, "sp": True, "dp": 3}),
         ("capture", {"gather": "rank0"}),
+        ("tokens", {"keep": "spans", "spans": (":", "0:4", "-3:", ":-1", "2:-2", "-9:4")}),
+        ("tokens", {"keep": "mask", "mask_field": "m", "every": 3, "special": False, "first": False, "pool": "mean"}),
+        ("tokens", {"keep": "assistant", "sample": 3, "sample_of": "all", "seed": 2**64 - 1}),
+        ("tokens", {"max_norm": 0.5, "max_norm_at": "resid_post@-1", "keep": "last"}),
         *(("precision", {"compute": dtype, "stored": dtype}) for dtype in DTYPES),
     ],
 )
@@ -91,3 +149,13 @@ def test_every_problem_is_told_at_once() -> None:
     with pytest.raises(ConfigErrors) as refused:
         check(wrong)
     assert [problem.setting for problem in refused.value.problems] == ["precision.compute", "data.max_tokens"]
+
+
+def test_slices_are_those_of_python() -> None:
+    tokens = TokenSettings(keep="spans", spans=("0:4", "-3:", ":-1", ":"))
+    check_tokens(tokens)
+    assert tokens.slices == (slice(0, 4), slice(-3, None), slice(None, -1), slice(None))
+    with pytest.raises(ConfigErrors) as refused:
+        check_tokens(replace(tokens, spans=("x",), every=0, max_norm_at="embed"))
+    settings_named = [problem.setting for problem in refused.value.problems]
+    assert settings_named == ["tokens.every", "tokens.spans", "tokens.max_norm_at"]
