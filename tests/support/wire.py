@@ -35,8 +35,8 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
     """Bytes that this rank sends in running a job, into its store or thrown away."""
     import torch
 
-    from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden.parallel.agree import wait_for_all
     from nemo_qwen_hidden.parallel.groups import process_groups
     from nemo_qwen_hidden.plan.microbatches import plan
