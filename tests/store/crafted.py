@@ -76,7 +76,7 @@ def craft(
         given = rng.standard_normal((total, hidden_size)) if values is None else values(total, hidden_size)
         stored, scale, states[point] = _encode(given.astype(np.float32), dtype)
         (path / str(point)).mkdir()
-        entry = HookPointEntry.of(point, num_layers=4, shards=0)
+        entry = HookPointEntry.of(point, num_layers=4, shards=0, shape=(hidden_size,))
         shards = tuple(_shards(path, point, entry.norm, made, dtype, stored, scale))
         entries.append(HookPointEntry(**(vars(entry) | {"shards": shards})))
     weight = rng.standard_normal(hidden_size).astype(np.float32)

@@ -60,7 +60,7 @@ def test_npy(store: Crafted, tmp_path: Path, float32: bool, rows_at_once: int) -
     assert documents[2] == {"id": "doc-2", "source": "file 2.txt", "first_row": 3, "rows": 7}
     total = store.rows * 6 * np.dtype(dtype).itemsize * len(POINTS)
     assert done[-1] == (total, total)
-    assert (exported.rows, exported.files, exported.dtype) == (store.rows, len(names), np.dtype(dtype).name)
+    assert (exported.states, exported.files, exported.dtype) == (store.rows, len(names), np.dtype(dtype).name)
     assert exported.bytes == sum(file.stat().st_size for file in out.iterdir())
 
 
@@ -126,7 +126,7 @@ def test_nan_and_infinite_values_stay_what_they_are(tmp_path: Path, to: str) -> 
 def test_a_store_without_rows(tmp_path: Path, to: str) -> None:
     made = craft(tmp_path / "store", parts=(((0, 0), 5),))
     exported = export(made.path, tmp_path / "out", to=to)
-    assert exported.rows == 0
+    assert exported.states == 0
     if to == "npy":
         assert np.load(tmp_path / "out/embed.npy").shape == (0, 6)
     else:

@@ -116,7 +116,7 @@ def test_every_file_has_the_name_that_is_described(written: Path) -> None:
 
 def test_numbers_in_the_text_are_those_of_the_code() -> None:
     assert (BINS, LIMIT, UNIT_BITS, ERROR_BITS) == (5376, 2**22, 40, 50)
-    assert (layout.FORMAT, layout.FORMAT_VERSION) == ("nemo_qwen_hidden.store", 1)
+    assert (layout.FORMAT, layout.VERSIONS_READ) == ("nemo_qwen_hidden.store", (1, 2))
     assert set(layout.DTYPES) == {"fp32", "bf16", "fp16", "int8"}
     assert NORM_TOLERANCE == 1e-12
     for text in ("[5376]", "2^22", "2^-40", "2^-50", "1e-12", "`nemo_qwen_hidden.unfinished`"):
@@ -126,7 +126,7 @@ def test_numbers_in_the_text_are_those_of_the_code() -> None:
 def test_meanings_are_those_of_the_text() -> None:
     for layers in (3, 28):
         for point in (HookPoint("embed"), HookPoint("resid_post", 2), HookPoint("final_norm")):
-            entry = HookPointEntry.of(point, num_layers=layers, shards=0)
+            entry = HookPointEntry.of(point, num_layers=layers, shards=0, shape=(6,))
             said = entry.meaning.replace(f"layer {point.layer} (", "layer I (").replace(f"of {layers})", "of L)")
             assert f"    {said.replace(f'resid_post@{layers - 1}', 'resid_post@M')}\n" in TEXT
             assert (entry.norm == "after") == (point.site == "final_norm")
@@ -221,9 +221,9 @@ def test_unknown_fields_are_kept_and_later_versions_refused(written: Path) -> No
     manifest = Manifest.from_json((written / "manifest.json").read_bytes())
     values = manifest.as_dict()
     values["later"] = values["parts"][0]["later"] = values["hook_points"][0]["shards"][0]["later"] = {"x": 1}
-    again = Manifest.parse(Fields(json.loads(json.dumps(values)), file="m"))
+    again = Manifest.parse(Fields(json.loads(json.dumps(values)), file="m"), 1)
     assert again.as_dict() == values
-    text = (written / "manifest.json").read_text().replace('"version": 1', '"version": 2')
+    text = (written / "manifest.json").read_text().replace('"version": 1', '"version": 3')
     with pytest.raises(StoreError, match="must be one that this release of nemo_qwen_hidden reads"):
         Manifest.from_json(text.encode())
     assert session.find(written).finished == manifest

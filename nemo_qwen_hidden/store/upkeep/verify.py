@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
-from nemo_qwen_hidden.hookpoint import SITES, HookPoint, by_depth
+from nemo_qwen_hidden.hookpoint import RESIDUAL_SITES, SITES, HookPoint, by_depth
 from nemo_qwen_hidden.store.entries import FileEntry, ShardEntry
 from nemo_qwen_hidden.store.files import read_inside
 from nemo_qwen_hidden.store.folder import survey
@@ -39,7 +39,7 @@ _MOST_THREADS = 16
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing that is wrong. file: its path in the store. what: in words, ``must ..., but is ...``. hook_point,
-    shard, rows: what the file holds, where it is a shard."""
+    shard, rows: what the file holds, where it is a shard; rows are counted as its states are."""
 
     file: str
     what: str
@@ -157,6 +157,8 @@ def _label_problems(manifest: Manifest) -> Iterator[str]:
         if point.layer is not None and point.layer >= layers:
             yield f"{point} must be at one of the model's {layers} layers"
             continue
+        if point.site in RESIDUAL_SITES and entry.shape != (manifest.hidden_size,):
+            yield f"shape of {point} must be {[manifest.hidden_size]}, but is {list(entry.shape)}"
         labels = {"meaning": point.meaning(layers), "huggingface_index": point.huggingface_index(layers)}
         for label, value in labels.items():
             if getattr(entry, label) != value:
