@@ -1,7 +1,7 @@
 """What a job makes of what lies at its path: a new store, one that goes on, a larger one, or nothing at all."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,18 @@ from nemo_qwen_hidden.store.write.session import Found
 NEW, RESUMED, HOOK_POINTS, DOCUMENTS = "new store", "resumed", "hook points added", "documents added"
 
 
-def check_settings(job: Job, found: Found, model: Mapping[str, Any]) -> None:
+def check_settings(
+    job: Job,
+    found: Found,
+    model: Mapping[str, Any],
+    *,
+    pooling: str | None = None,
+    heads: Sequence[int] | None = None,
+) -> None:
     """Whether the settings fit to the store that was found, as far as can be said before the data are read.
+
+    Args:
+        pooling, heads: that the job asks for, as ``new`` takes them.
 
     Raises:
         UserError: the store was made with others; names each difference.
@@ -37,6 +47,12 @@ def check_settings(job: Job, found: Found, model: Mapping[str, Any]) -> None:
         ("precision.compute", "{}", store.compute_dtype, settings.precision.compute),
         ("precision.stored", "{}", store.stored_dtype, settings.stored_dtype),
         ("data.max_tokens", "{}", store.parts[0].data.get("max_tokens"), job.batching.max_tokens),
+        ("pooling", "{}", store.pooling or "none", pooling or "none"),
+    ]
+    expected += [
+        (f"heads of {entry.point}", "{}", _heads(entry.heads), _heads(heads))
+        for entry in store.hook_points
+        if entry.point.site == ATTN_WEIGHTS and entry.point in job.points
     ]
     wanted = _names(job.points)
     if adding == "hook_points" and found.unfinished is not None:
@@ -56,15 +72,15 @@ def check_settings(job: Job, found: Found, model: Mapping[str, Any]) -> None:
     )
 
 
-def check_data(job: Job, found: Found, part: Part, tokenizer: str | None, *, pooling: str | None = None) -> Part | None:
+def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Part | None:
     """The part of the store that was found which holds these documents already; None where they are new to it.
 
     Args:
         part: what the documents make; its ``data`` has their fingerprint, its ``selection`` the rule by which rows are
-            kept. tokenizer: sha256, None where none was used. pooling: of their states, see ``Manifest``.
+            kept. tokenizer: sha256, None where none was used.
 
     Raises:
-        UserError: the store holds other documents, and the job is not to add any; or it keeps other states of them.
+        UserError: the store holds other documents, and the job is not to add any; or it keeps other rows.
     """
     store = found.unfinished or found.finished
     if store is None:
@@ -73,7 +89,9 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None, *, poo
     known = store.tokenizer.get("sha256")
     if tokenizer is not None and known is not None and tokenizer != known:
         raise StoreError("model.path", f"must have the tokenizer of sha256 {known}, as {where}", tokenizer)
-    raise_all(list(_other_states(store, part, pooling, where)))
+    rule = _selected(store.parts[0])
+    if rule != _selected(part):
+        raise StoreError("selection", f"must be {rule}, as {where}", _selected(part))
     same = [old for old in store.parts if old.data.get("sha256") == part.data["sha256"]]
     if not same and not (adds and found.unfinished is None):
         held = ", ".join(str(old.data.get("sha256")) for old in store.parts)
@@ -84,17 +102,6 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None, *, poo
         rule = f"must keep the rows that it kept ({same[0].states} of them), as {where}"
         raise StoreError("selection", rule, f"{part.states} rows, others among them")
     return same[0] if same else None
-
-
-def _other_states(store: Manifest, part: Part, pooling: str | None, where: str) -> Iterator[StoreError]:
-    """What of the choice of states is another one than the store's."""
-    held = store.parts[0]
-    for name, old, new in (
-        ("selection", _selected(held), _selected(part)),
-        ("pooling", store.pooling or "none", pooling or "none"),
-    ):
-        if old != new:
-            yield StoreError(name, f"must be {old}, as {where}", new)
 
 
 def _selected(part: Part) -> object:
@@ -169,6 +176,10 @@ def _where(job: Job, found: Found) -> str:
         ways = "store.overwrite=true replaces it, store.add=hook_points or store.add=documents adds to it"
         return f"in the store at {job.store_path} ({ways})"
     return f"in the unfinished store at {job.store_path}, {found.begun} (store.overwrite=true starts it again)"
+
+
+def _heads(heads: Sequence[int] | None) -> object:
+    return "all" if heads is None else list(heads)
 
 
 def _names(points: Iterable[HookPoint]) -> list[str]:
