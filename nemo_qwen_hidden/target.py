@@ -89,9 +89,9 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
     known = store.tokenizer.get("sha256")
     if tokenizer is not None and known is not None and tokenizer != known:
         raise StoreError("model.path", f"must have the tokenizer of sha256 {known}, as {where}", tokenizer)
-    rule = _selected(store.parts[0])
-    if rule != _selected(part):
-        raise StoreError("selection", f"must be {rule}, as {where}", _selected(part))
+    chosen = _selected(store.parts[0])
+    if chosen != _selected(part):
+        raise StoreError("selection", f"must be {chosen}, as {where}", _selected(part))
     same = [old for old in store.parts if old.data.get("sha256") == part.data["sha256"]]
     if not same and not (adds and found.unfinished is None):
         held = ", ".join(str(old.data.get("sha256")) for old in store.parts)

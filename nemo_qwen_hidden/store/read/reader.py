@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
 from nemo_qwen_hidden.store.read.mapped import MappedShards
-from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Folder, Source
 from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
 from nemo_qwen_hidden.store.read.tokens import TokenTable
@@ -127,11 +127,19 @@ class Store:
     def __contains__(self, hook_point: object) -> bool:
         return str(hook_point) in self._numbers
 
-    def row_of_states(self, states: Rows) -> Any:
+    @overload
+    def row_of_states(self, states: int) -> int: ...
+    @overload
+    def row_of_states(self, states: Several) -> NDArray[np.int64]: ...
+    def row_of_states(self, states: Rows) -> int | NDArray[np.int64]:
         """The rows of some states: int64 [n], or an int for one. In a full store these numbers themselves."""
         return self.tokens.row_of_states(states)
 
-    def state_of_rows(self, rows: Rows) -> Any:
+    @overload
+    def state_of_rows(self, rows: int) -> int: ...
+    @overload
+    def state_of_rows(self, rows: Several) -> NDArray[np.int64]: ...
+    def state_of_rows(self, rows: Rows) -> int | NDArray[np.int64]:
         """The states of some rows: int64 [n], or an int for one. In a full store these numbers themselves.
 
         Raises:
@@ -293,8 +301,7 @@ class StoredDocument:
     @property
     def position(self) -> NDArray[np.int64]:
         """[kept tokens], the place in the document of each token that has a state."""
-        found: NDArray[np.int64] = self.store.row_of_states(self.states) - self.rows.start
-        return found
+        return self.store.row_of_states(self.states) - self.rows.start
 
     @property
     def token_id(self) -> NDArray[np.int32]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-Rows: TypeAlias = Union[int, slice, range, list[int], list[bool], NDArray[Any], "torch.Tensor"]
+Several: TypeAlias = Union[slice, range, list[int], list[bool], NDArray[Any], "torch.Tensor"]
+Rows: TypeAlias = int | Several
 
 _ACCEPTED = (
     "an int, a slice, a range, a list of ints, or a one-dimensional integer or boolean numpy array or torch tensor"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.read.columns import JoinedColumn
-from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Column, Folder, Source
 from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT
 
@@ -253,7 +253,7 @@ class TokenTable:
 
     @cached_property
     def full(self) -> bool:
-        """Whether every row has a state."""
+        """Whether every row has a state, so that its number is the row's."""
         return all(part.kept is None for part in self._parts)
 
     def states_of(self, first_row: int, length: int) -> range:
@@ -270,22 +270,29 @@ class TokenTable:
 
     def kept_rows(self, first_row: int, length: int) -> NDArray[np.int64]:
         """int64, the kept ones among some consecutive rows, in order; IndexError where there are no such rows."""
-        rows: NDArray[np.int64] = self.row_of_states(self.states_of(first_row, length))
-        return rows
+        return self.row_of_states(self.states_of(first_row, length))
 
-    def row_of_states(self, states: Rows) -> Any:
+    @overload
+    def row_of_states(self, states: int) -> int: ...
+    @overload
+    def row_of_states(self, states: Several) -> NDArray[np.int64]: ...
+    def row_of_states(self, states: Rows) -> int | NDArray[np.int64]:
         """The rows of states, given by anything that a view takes: int64 [n], or an int for one; IndexError where
         there is no such state."""
         chosen = resolve(states, self.states, "state")
         if self.full:
             return chosen if isinstance(chosen, int) else np.asarray(chosen, np.int64)
-        rows = self._row_of_state[chosen]
+        rows: NDArray[np.int64] = self._row_of_state[chosen]
         if np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < self.rows):
             rule = f"must hold rows from 0 to {self.rows - 1}"
             raise StoreError(f"{self._source.location}: {KEPT}", rule, f"{np.min(rows)} to {np.max(rows)}")
         return int(rows) if isinstance(chosen, int) else rows
 
-    def state_of_rows(self, rows: Rows) -> Any:
+    @overload
+    def state_of_rows(self, rows: int) -> int: ...
+    @overload
+    def state_of_rows(self, rows: Several) -> NDArray[np.int64]: ...
+    def state_of_rows(self, rows: Rows) -> int | NDArray[np.int64]:
         """The states of rows, given by anything that a view takes: int64 [n], or an int for one.
 
         Raises:

@@ -4,7 +4,6 @@ Legend: K states of the store, n states of a block, H numbers in each.
 """
 
 import json
-import math
 import os
 import secrets
 import shutil
@@ -72,7 +71,7 @@ class _Job:
 
     def tokens(self, name: str, states: range) -> NDArray[Any]:
         """[n], a column of the token table, of the rows of these states; ``row``: these themselves."""
-        rows: NDArray[np.int64] = self.store.row_of_states(states)
+        rows = self.store.row_of_states(states)
         return rows if name == _ROW else np.asarray(getattr(self.store.tokens, name)[rows])
 
 
@@ -112,7 +111,7 @@ def export(
     views = store.views(hook_points)
     half = store.dtype == torch.float16 and not float32
     dtype = np.dtype("<f2" if half else "<f4")
-    widths = [math.prod(view.state_shape) for view in views.values()]
+    widths = [view.shape[1] for view in views.values()]
     state_bytes = sum(widths) * dtype.itemsize
     if os.path.lexists(folder):
         raise StoreError(OUT, "must not be there yet", str(folder))
