@@ -112,7 +112,7 @@ def write_both(flat: Path, store: Path, *, rows: int, hidden_size: int, shard_ro
     grid = ShardGrid([(rows, shard_rows)])
     with open(flat, "wb") as file:
         for shard in range(grid.shards):
-            held = grid.rows_of(shard)
+            held = grid.states_of(shard)
             start, header = header_of(held, hidden_size)
             data = rng.integers(-(2**15), 2**15, (len(held), hidden_size), dtype=np.int16).tobytes()
             file.write(data)
@@ -126,7 +126,7 @@ def write_both(flat: Path, store: Path, *, rows: int, hidden_size: int, shard_ro
 def header_of(held: range, hidden_size: int) -> tuple[bytes, int]:
     """First bytes and size of a shard."""
     start, header = shard_header(
-        POINT, part="0" * 64, first_row=held.start, rows=len(held), hidden_size=hidden_size, dtype=DTYPE
+        POINT, part="0" * 64, first_row=held.start, rows=len(held), width=hidden_size, dtype=DTYPE
     )
     return start, header.size_bytes
 
@@ -144,14 +144,14 @@ def write_manifest(
             ShardEntry(
                 file=f"{point}/{shard_name(shard)}",
                 first_row=grid.starts[shard],
-                rows=len(grid.rows_of(shard)),
+                rows=len(grid.states_of(shard)),
                 bytes=sizes[shard] if sizes else 1,
                 sha256=digest,
                 statistics=counted,
             )
             for shard in range(grid.shards)
         )
-        empty = HookPointEntry.of(point, num_layers=24, shards=0)
+        empty = HookPointEntry.of(point, num_layers=24, shards=0, shape=(hidden_size,))
         entries.append(HookPointEntry(**(vars(empty) | {"shards": tuple(shards)})))
     part = Part(
         first_row=0,

@@ -204,9 +204,10 @@ def disk_bytes(job: Job, rows: int) -> int:
     """Bytes of shards and token tables of a new store of this many rows."""
     whole, rest = divmod(rows, job.settings.store.shard_rows)
     sizes = [(whole, job.settings.store.shard_rows), (1 if rest else 0, rest)]
-    hidden_size, dtype = job.architecture.shape.hidden_size, DTYPES[job.settings.stored_dtype]
+    shape, dtype = job.architecture.shape, DTYPES[job.settings.stored_dtype]
+    widths = {point: state_width(point, shape, keys=job.batching.max_tokens) for point in job.points}
     shards = sum(
-        count * shard_bytes(size, hidden_size=hidden_size, dtype=dtype, divisor=point.normed)
+        count * shard_bytes(size, width=widths[point], dtype=dtype, divisor=point.normed)
         for point in job.points
         for count, size in sizes
     )

@@ -1,23 +1,34 @@
 """What a job makes of what lies at its path: a new store, one that goes on, a larger one, or nothing at all."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError, raise_all
-from nemo_qwen_hidden.hookpoint import HookPoint, by_depth
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, by_depth
 from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import FINAL_NORM_FILE
-from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.manifest import MEANS, Manifest
 from nemo_qwen_hidden.store.write.session import Found
 
 NEW, RESUMED, HOOK_POINTS, DOCUMENTS = "new store", "resumed", "hook points added", "documents added"
 
 
-def check_settings(job: Job, found: Found, model: Mapping[str, Any]) -> None:
+def check_settings(
+    job: Job,
+    found: Found,
+    model: Mapping[str, Any],
+    *,
+    pooling: str | None = None,
+    heads: Sequence[int] | None = None,
+) -> None:
     """Whether the settings fit to the store that was found, as far as can be said before the data are read.
+
+    Args:
+        pooling, heads: that the job asks for, as ``new`` takes them.
 
     Raises:
         UserError: the store was made with others; names each difference.
@@ -36,6 +47,12 @@ def check_settings(job: Job, found: Found, model: Mapping[str, Any]) -> None:
         ("precision.compute", "{}", store.compute_dtype, settings.precision.compute),
         ("precision.stored", "{}", store.stored_dtype, settings.stored_dtype),
         ("data.max_tokens", "{}", store.parts[0].data.get("max_tokens"), job.batching.max_tokens),
+        ("pooling", "{}", store.pooling or "none", pooling or "none"),
+    ]
+    expected += [
+        (f"heads of {entry.point}", "{}", _heads(entry.heads), _heads(heads))
+        for entry in store.hook_points
+        if entry.point.site == ATTN_WEIGHTS and entry.point in job.points
     ]
     wanted = _names(job.points)
     if adding == "hook_points" and found.unfinished is not None:
@@ -59,10 +76,11 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
     """The part of the store that was found which holds these documents already; None where they are new to it.
 
     Args:
-        part: what the documents make; its ``data`` has their fingerprint. tokenizer: sha256, None where none was used.
+        part: what the documents make; its ``data`` has their fingerprint, its ``selection`` the rule by which rows are
+            kept. tokenizer: sha256, None where none was used.
 
     Raises:
-        UserError: the store holds other documents, and the job is not to add any.
+        UserError: the store holds other documents, and the job is not to add any; or it keeps other rows.
     """
     store = found.unfinished or found.finished
     if store is None:
@@ -71,17 +89,43 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
     known = store.tokenizer.get("sha256")
     if tokenizer is not None and known is not None and tokenizer != known:
         raise StoreError("model.path", f"must have the tokenizer of sha256 {known}, as {where}", tokenizer)
+    chosen = _selected(store.parts[0])
+    if chosen != _selected(part):
+        raise StoreError("selection", f"must be {chosen}, as {where}", _selected(part))
     same = [old for old in store.parts if old.data.get("sha256") == part.data["sha256"]]
     if not same and not (adds and found.unfinished is None):
         held = ", ".join(str(old.data.get("sha256")) for old in store.parts)
         raise StoreError("data.path", f"must give the documents of sha256 {held}, as {where}", part.data["sha256"])
     if same and same[0].shard_rows != part.shard_rows:
         raise StoreError("store.shard_rows", f"must be {same[0].shard_rows}, as {where}", part.shard_rows)
+    if same and part.kept is not None and same[0].tokens.sha256 != part.tokens.sha256:
+        rule = f"must keep the rows that it kept ({same[0].states} of them), as {where}"
+        raise StoreError("selection", rule, f"{part.states} rows, others among them")
     return same[0] if same else None
 
 
-def new(job: Job, part: Part, model: Mapping[str, Any], tokenizer: str | None, norm: bytes) -> Manifest:
-    """A store of one part. norm: the file with the weight of the final norm."""
+def _selected(part: Part) -> object:
+    """The rule, in words where there is none."""
+    if part.kept is None:
+        return "all rows"
+    return "some rows" if part.selection is None else dict(part.selection)
+
+
+def new(
+    job: Job,
+    part: Part,
+    model: Mapping[str, Any],
+    tokenizer: str | None,
+    norm: bytes,
+    *,
+    pooling: str | None = None,
+    heads: Sequence[int] | None = None,
+) -> Manifest:
+    """A store of one part, which keeps the rows that ``part`` says.
+
+    Args:
+        norm: the file with the weight of the final norm. pooling: see ``Manifest``. heads: see ``with_hook_points``.
+    """
     settings = job.settings
     empty = Manifest(
         hidden_size=job.architecture.shape.hidden_size,
@@ -89,19 +133,32 @@ def new(job: Job, part: Part, model: Mapping[str, Any], tokenizer: str | None, n
         stored_dtype=settings.stored_dtype,
         hook_points=(),
         parts=(part,),
+        pooling=pooling,
         final_norm=FileEntry(file=FINAL_NORM_FILE, bytes=len(norm), sha256=hashlib.sha256(norm).hexdigest()),
         model=model,
         tokenizer={"sha256": tokenizer},
     )
-    return with_hook_points(job, empty)
+    return with_hook_points(job, empty, heads=heads)
 
 
-def with_hook_points(job: Job, store: Manifest) -> Manifest:
-    """A store, and those of the job's hook points that it lacks, over all of its rows."""
-    layers = job.architecture.shape.num_layers
+def with_hook_points(job: Job, store: Manifest, *, heads: Sequence[int] | None = None) -> Manifest:
+    """A store, and those of the job's hook points that it lacks, over all of the rows that it keeps.
+
+    Args:
+        heads: attention heads whose weights are asked for; None is all.
+    """
+    shape, layers = job.architecture.shape, job.architecture.shape.num_layers
     held = {entry.point: entry for entry in store.hook_points}
     for point in job.points:
-        held.setdefault(point, HookPointEntry.of(point, num_layers=layers, shards=store.grid.shards, divisor=True))
+        entry = HookPointEntry.of(
+            point,
+            num_layers=layers,
+            shards=store.grid.shards,
+            shape=state_shape(point, shape, keys=job.batching.max_tokens, heads=heads),
+            heads=heads if point.site == ATTN_WEIGHTS else None,
+            divisor=store.pooling not in MEANS,  # of a mean there is none by which the norm could be undone
+        )
+        held.setdefault(point, entry)
     return replace(store, hook_points=tuple(held[point] for point in by_depth(held, layers)))
 
 
@@ -119,6 +176,10 @@ def _where(job: Job, found: Found) -> str:
         ways = "store.overwrite=true replaces it, store.add=hook_points or store.add=documents adds to it"
         return f"in the store at {job.store_path} ({ways})"
     return f"in the unfinished store at {job.store_path}, {found.begun} (store.overwrite=true starts it again)"
+
+
+def _heads(heads: Sequence[int] | None) -> object:
+    return "all" if heads is None else list(heads)
 
 
 def _names(points: Iterable[HookPoint]) -> list[str]:

@@ -6,6 +6,7 @@ from nemo_qwen_hidden.data.tokenizer import load_tokenizer
 from nemo_qwen_hidden.extract import Summary, disk_bytes
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.format import human_bytes
+from nemo_qwen_hidden.store.manifest import Manifest
 
 Facts = list[tuple[str, str]]
 
@@ -18,7 +19,7 @@ def summary(done: Summary, terminal: Terminal) -> None:
         ("store", str(done.path)),
         ("rows", f"{manifest.rows:,} tokens of {_count(manifest.documents, 'document')}"),
         ("hook points", _some([str(point) for point in manifest.points])),
-        ("size", f"{human_bytes(size)} in {manifest.stored_dtype}, {manifest.hidden_size:,} values a row"),
+        ("size", f"{human_bytes(size)} in {manifest.stored_dtype}, {_widths(manifest)} values a row"),
     ]
     if done.work is None:
         terminal.table(facts, "already there; nothing was left to do")
@@ -31,6 +32,12 @@ def summary(done: Summary, terminal: Terminal) -> None:
         ("peak memory", f"{human_bytes(done.peak_bytes)} in the largest rank"),
     ]
     terminal.table(facts, f"extracted: {done.work}")
+
+
+def _widths(manifest: Manifest) -> str:
+    """Of the states, the smallest and the largest where they differ."""
+    widths = sorted({entry.width for entry in manifest.hook_points})
+    return " to ".join(f"{width:,}" for width in dict.fromkeys((widths[0], widths[-1])))
 
 
 def plan(job: Job, terminal: Terminal) -> None:

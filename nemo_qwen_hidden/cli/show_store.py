@@ -35,7 +35,7 @@ def store(opened: "Store", terminal: Terminal) -> None:
     if len(described["producers"]) > 1:
         terminal.grid(("job", "begun", "layout"), _ends(_job_rows(described)), "jobs")
     points = described["hook_points"]
-    header = ("hook point", "HF hidden_states", "taken", "size")
+    header = ("hook point", "state", "HF hidden_states", "taken", "size")
     terminal.grid(header, _ends([_hook_point_row(point) for point in points]), "hook points")
     known = {line.name: line for line in value_lines(opened, [point["name"] for point in _shown(points)])}
     rows = [_value_row(point, known[point["name"]]) if point["name"] in known else () for point in points]
@@ -77,6 +77,7 @@ def merged(done: "Merged", terminal: Terminal) -> None:
     facts = [
         ("store", str(done.path)),
         ("rows", f"{manifest.rows:,} tokens of {manifest.documents:,} documents in {len(manifest.parts)} parts"),
+        *_kept_facts(manifest.states, manifest.rows, manifest.pooling),
         ("hook points", f"{len(manifest.points):,}"),
         ("size", human_bytes(sum(file.bytes for file in manifest.files()))),
         ("files", "already there; nothing was left to do" if there else f"{done.linked} linked, {done.copied} copied"),
@@ -88,7 +89,7 @@ def exported(done: "Exported", to: str, terminal: Terminal) -> None:
     """What an export made."""
     facts = [
         ("folder", str(done.path)),
-        ("rows", f"{done.rows:,}"),
+        ("rows", f"{done.states:,}"),
         ("values", done.dtype),
         ("size", f"{human_bytes(done.bytes)} in {done.files} files"),
     ]
@@ -128,6 +129,7 @@ def _size_facts(described: Mapping[str, Any], files: int) -> Facts:
     return [
         ("path", described["path"]),
         ("rows", f"{described['rows']:,} tokens of {described['documents']:,} documents"),
+        *_kept_facts(described["states"], described["rows"], described["pooling"]),
         ("hidden size", f"{described['hidden_size']:,}"),
         ("hook points", f"{len(described['hook_points']):,}"),
         ("dtype", f"{dtypes['stored']} stored, {dtypes['compute']} computed"),
@@ -136,6 +138,12 @@ def _size_facts(described: Mapping[str, Any], files: int) -> Facts:
         ("checksums", f"SHA-256 of {files:,} files, which `verify --full` compares"),
         ("final norm", "its weight is stored" if described["final_norm"] else "its weight is not stored"),
     ]
+
+
+def _kept_facts(states: int, rows: int, pooling: str | None) -> Facts:
+    """Of a store that keeps the states of some rows alone."""
+    pooled = "" if pooling is None else f", pooled ({pooling})"
+    return [] if states == rows and pooling is None else [("states", f"{states:,} of {rows:,} rows{pooled}")]
 
 
 def _origin_facts(described: Mapping[str, Any]) -> Facts:
@@ -151,6 +159,7 @@ def _origin_facts(described: Mapping[str, Any]) -> Facts:
         "data": data.get("path") if one else None,
         "data sha256": _short(data.get("sha256")) if one else None,
         "tokenizer": _short(described["tokenizer"].get("sha256")),
+        "selection": _selection(described) if described["parts"] else None,
         "windows": data.get("max_tokens") and f"of at most {data['max_tokens']:,} tokens",
         "layout": layout and _layout(layout),
         "versions": ", ".join(f"{name} {number}" for name, number in (producer.get("versions") or {}).items()),
@@ -158,6 +167,11 @@ def _origin_facts(described: Mapping[str, Any]) -> Facts:
         "command": command and command_line([str(argument) for argument in command]),
     }
     return [(label, str(value)) for label, value in facts.items() if value]
+
+
+def _selection(described: Mapping[str, Any]) -> str | None:
+    rule = described["parts"][0]["selection"]
+    return rule and ", ".join(f"{name}={value}" for name, value in rule.items())
 
 
 def _part_rows(described: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -185,6 +199,7 @@ def _hook_point_row(point: Mapping[str, Any]) -> tuple[str, ...]:
     index = point["huggingface_index"]
     return (
         point["name"],
+        " x ".join(map(str, point["shape"])),
         "-" if index is None else f"[{index}]",
         f"{point['norm']} the final norm",
         human_bytes(point["bytes"]),

@@ -48,25 +48,28 @@ example:
 
 _MERGE = """\
 For stores of different documents that one model made alike: the same weights,
-tokenizer, dtypes, hook points and windows. Their documents follow each other in
-the order given. Files are linked where the file system can do it, so that both
-stores share their bytes on disk, and damage to them; --copy makes it a store of
-its own. A merge that was ended is done again by the same command.
+tokenizer, dtypes, hook points, windows, and the same choice of rows and pooling
+where not all rows are kept. Their documents follow each other in the order
+given. Files are linked where the file system can do it, so that both stores
+share their bytes on disk, and damage to them; --copy makes it a store of its
+own. A merge that was ended is done again by the same command.
 
 example:
   nemo-qwen-hidden merge out/monday out/tuesday --into out/both
 """
 
 _EXPORT = """\
-npy: HOOK_POINT.npy [rows, hidden], token_id.npy, document.npy, position.npy
-[rows] and documents.jsonl; numpy.load(FILE, mmap_mode="r") reads them.
+npy: HOOK_POINT.npy [rows, hidden], or with the axes of its states, such as
+[rows, heads, head_dim]; token_id.npy, document.npy, position.npy [rows] and
+documents.jsonl; numpy.load(FILE, mmap_mode="r") reads them.
 parquet: data-00000.parquet and so on, with the columns row, token_id, document,
-position, document_id and one for each hook point, lists of hidden numbers;
+position, document_id and one for each hook point, lists of its numbers;
 datasets.load_dataset("parquet", data_files="FOLDER/*.parquet") reads them.
 
 Values are float16 where the store holds fp16, else float32: numpy has no bf16,
-and int8 is written as the numbers that it stands for. export.json says what
-each hook point is. FOLDER appears when all of it is there.
+and int8 is written as the numbers that it stands for. Of a store that keeps
+some rows alone these are exported, and row.npy says which they are. export.json
+says what each hook point is. FOLDER appears when all of it is there.
 
 examples:
   nemo-qwen-hidden export out/demo --to npy --out out/arrays

@@ -1,8 +1,9 @@
 """The parts of a manifest: files, shards, parts, hook points. Unknown optional fields are kept."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from nemo_qwen_hidden.hookpoint import HookPoint
@@ -12,6 +13,8 @@ from nemo_qwen_hidden.store.format import HOOK_POINT_NAME, MANIFEST
 from nemo_qwen_hidden.store.statistics import ShardStatistics, StoredError
 
 NORMS = ("before", "after")
+MOST_NUMBERS = 2**24  # of one state: a store without states has no file that contradicts any size
+_MOST_AXES = 8
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -39,7 +42,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard file: rows ``first_row`` to ``first_row + rows`` of the store.
+    """One shard file: states ``first_row`` to ``first_row + rows`` of the store, which in a full store are its rows.
 
     statistics: of its values. error: what the stored dtype cost, None where it holds every value as it was.
     """
@@ -84,8 +87,9 @@ class ShardEntry:
 class Part:
     """Consecutive rows and documents that came into the store together, and the token table that describes them.
 
-    shard_rows: rows of one of its shards. tokens, lines: its two files. data: where its documents came from (JSON
-    values). Its token table counts rows and documents from 0.
+    shard_rows: states of one of its shards. tokens, lines: its two files. data: where its documents came from (JSON
+    values). Its token table counts rows and documents from 0. kept: the number of its rows whose states are stored,
+    None where all are; its token table says which. selection: the rule that chose them (JSON values).
     """
 
     first_row: int
@@ -96,11 +100,13 @@ class Part:
     tokens: FileEntry
     lines: FileEntry
     data: Mapping[str, Any] = field(default_factory=dict)
+    kept: int | None = None
+    selection: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, fields: Fields) -> "Part":
-        return cls(
+        part = cls(
             first_row=fields.integer("first_row"),
             rows=fields.integer("rows"),
             first_document=fields.integer("first_document"),
@@ -109,8 +115,15 @@ class Part:
             tokens=FileEntry.parse(fields.nested("tokens")),
             lines=FileEntry.parse(fields.nested("documents_file")),
             data=fields.mapping("data"),
+            kept=fields.integer("kept") if "kept" in fields else None,
+            selection=fields.mapping("selection") if "selection" in fields else None,
             extra=fields.rest(),
         )
+        if part.kept is not None and part.kept > part.rows:
+            raise fields.error("kept", f"must be at most {part.rows}, the part's rows", part.kept)
+        if part.kept is None and part.selection is not None:
+            raise fields.error("selection", "must stand beside `kept`", part.selection)
+        return part
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -122,57 +135,84 @@ class Part:
             "tokens": self.tokens.as_dict(),
             "documents_file": self.lines.as_dict(),
             "data": dict(self.data),
+            **({} if self.kept is None else {"kept": self.kept}),
+            **({} if self.selection is None else {"selection": dict(self.selection)}),
             **self.extra,
         }
+
+    @property
+    def states(self) -> int:
+        """How many of its rows have states."""
+        return self.rows if self.kept is None else self.kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookPointEntry:
     """What is stored of one hook point.
 
-    norm: whether the state was taken ``before`` or ``after`` the model's final norm. huggingface_index: into
-    ``hidden_states``, None where that tuple lacks this state. divisor: whether shards have, beside states after the
-    final norm, what that norm divided each row by, so that the states before it can be had. shards: in order of rows;
-    None stands for one that is not there yet, which only an unfinished store has.
+    shape: of one state; it is stored flat, as ``width`` numbers, the last axis fastest. heads: of attention weights,
+    which heads the first axis is, None where it is all of them. norm: whether the state was taken ``before`` or
+    ``after`` the model's final norm. huggingface_index: into ``hidden_states``, None where that tuple lacks this state.
+    divisor: whether shards have, beside states after the final norm, what that norm divided each by, so that the states
+    before it can be had. shards: in order of states; None stands for one that is not there yet, which only an
+    unfinished store has.
     """
 
     point: HookPoint
     meaning: str
     norm: str
     huggingface_index: int | None
+    shape: tuple[int, ...]
+    heads: tuple[int, ...] | None = None
     divisor: bool = False
     shards: tuple[ShardEntry | None, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, point: HookPoint, *, num_layers: int, shards: int, divisor: bool = False) -> "HookPointEntry":
+    def of(
+        cls,
+        point: HookPoint,
+        *,
+        num_layers: int,
+        shards: int,
+        shape: Sequence[int],
+        heads: Sequence[int] | None = None,
+        divisor: bool = False,
+    ) -> "HookPointEntry":
         """The entry of ``point`` in a model of ``num_layers`` layers, with none of its ``shards`` there yet."""
         return cls(
             point=point,
             meaning=point.meaning(num_layers),
             norm=norm_of(point),
             huggingface_index=point.huggingface_index(num_layers),
+            shape=tuple(shape),
+            heads=None if heads is None else tuple(heads),
             divisor=divisor and point.normed,
             shards=(None,) * shards,
         )
 
     @classmethod
-    def parse(cls, fields: Fields) -> "HookPointEntry":
+    def parse(cls, fields: Fields, hidden_size: int) -> "HookPointEntry":
+        """From its fields. hidden_size: H, of a state whose shape is not said."""
         name, site, layer = fields.text("name"), fields.text("site"), fields.optional_integer("layer")
         # not HookPoint.parse: a store may hold sites of a later release
         if HOOK_POINT_NAME.fullmatch(name) is None or str(HookPoint(site, layer)) != name:
             raise fields.error("name", f"must be made of site ({site!r}) and layer ({layer})", name)
+        shape = _shape(fields) if "shape" in fields else (hidden_size,)
         return cls(
             point=HookPoint(site, layer),
             meaning=fields.text("meaning"),
             norm=fields.choice("norm", NORMS),
             huggingface_index=fields.optional_integer("huggingface_index"),
+            shape=shape,
+            heads=_heads(fields, shape) if "heads" in fields else None,
             divisor="divisor" in fields and fields.boolean("divisor"),
             shards=tuple(None if entry is None else ShardEntry.parse(entry) for entry in fields.each_or_null("shards")),
             extra=fields.rest(),
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, hidden_size: int) -> dict[str, Any]:
+        """Its fields, without a shape that is [H]."""
         return {
             "name": str(self.point),
             "site": self.point.site,
@@ -180,10 +220,17 @@ class HookPointEntry:
             "meaning": self.meaning,
             "norm": self.norm,
             "huggingface_index": self.huggingface_index,
+            **({} if self.shape == (hidden_size,) else {"shape": list(self.shape)}),
+            **({} if self.heads is None else {"heads": list(self.heads)}),
             **({"divisor": True} if self.divisor else {}),
             "shards": [shard and shard.as_dict() for shard in self.shards],
             **self.extra,
         }
+
+    @property
+    def width(self) -> int:
+        """Numbers in one state."""
+        return prod(self.shape)
 
     @property
     def present(self) -> tuple[ShardEntry, ...]:
@@ -194,6 +241,21 @@ class HookPointEntry:
 def norm_of(point: HookPoint) -> str:
     """``after`` where ``point`` lies behind the final norm, else ``before``."""
     return "after" if point.normed else "before"
+
+
+def _shape(fields: Fields) -> tuple[int, ...]:
+    shape = fields.integers("shape")
+    if not 1 <= len(shape) <= _MOST_AXES or not 1 <= prod(shape) <= MOST_NUMBERS:
+        rule = f"must have 1 to {_MOST_AXES} axes and 1 to {MOST_NUMBERS} numbers"
+        raise fields.error("shape", rule, list(shape))
+    return shape
+
+
+def _heads(fields: Fields, shape: tuple[int, ...]) -> tuple[int, ...]:
+    heads = fields.integers("heads")
+    if len(shape) < 2 or len(heads) != shape[0] or len(set(heads)) != len(heads):
+        raise fields.error("heads", f"must name each head along the first axis of {list(shape)} once", list(heads))
+    return heads
 
 
 def _file(fields: Fields, name: str) -> str:

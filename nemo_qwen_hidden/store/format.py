@@ -1,13 +1,13 @@
-"""What a store looks like on disk: names, dtypes, and which rows lie in which shard. docs/format.md specifies it.
+"""What a store looks like on disk: names, dtypes, and which states lie in which shard. docs/format.md specifies it.
 
     STORE/manifest.json                    written last; its presence makes the folder a store
     STORE/unfinished.json                  there while a job works on the store
     STORE/journal/                         while a job works on the store: rows that are durable, shards that are
                                            done (*.jsonl), and locks of who works on it (*.lock)
     STORE/final_norm.safetensors           weight of the model's final norm
-    STORE/tokens/000000.safetensors        token table of part 0: what each row is
+    STORE/tokens/000000.safetensors        token table of part 0: what each row is, and which rows have states
     STORE/tokens/000000.documents.jsonl    one line a document of part 0
-    STORE/resid_post@12/000000.safetensors shard: some rows of one hook point
+    STORE/resid_post@12/000000.safetensors shard: some states of one hook point
 
 Everything is little-endian, as safetensors is.
 """
@@ -25,8 +25,7 @@ Shard = tuple[HookPoint, int]
 """A hook point and the number of one of its shards."""
 
 FORMAT = "nemo_qwen_hidden.store"
-FORMAT_VERSION = 1
-VERSIONS_READ = (1,)
+VERSIONS_READ = (1, 2)
 
 MANIFEST = "manifest.json"
 MARKER = "unfinished.json"
@@ -50,8 +49,8 @@ class Dtype:
     """A dtype that states can be stored in.
 
     name: as in the settings (``fp32``). safetensors: as in a header (``F32``). bytes: of one number. container: the
-    numpy dtype that holds the same bits, an integer where numpy has no such float. scaled: whether each row has a
-    scale beside it, by which its numbers are to be multiplied.
+    numpy dtype that holds the same bits, an integer where numpy has no such float. scaled: whether each state has
+    a scale beside it, by which its numbers are to be multiplied.
     """
 
     name: str
@@ -78,28 +77,28 @@ def shard_name(shard: int) -> str:
 
 
 class ShardGrid:
-    """Which rows lie in which shard. Each part of a store is cut by itself into shards of a fixed number of rows, of
-    which the last may be shorter; shards are numbered through.
+    """Which states lie in which shard. Each part of a store is cut by itself into shards of a fixed number of states,
+    of which the last may be shorter; shards are numbered through.
 
     Args:
-        parts: rows of each part, and rows of a shard in it.
+        parts: states of each part, and states of a shard in it.
     """
 
     def __init__(self, parts: Iterable[tuple[int, int]]) -> None:
         self._starts = [0]
         self._first_shards = [0]
-        for rows, shard_rows in parts:
-            if rows < 0 or shard_rows < 1:
-                raise ValueError(f"{rows} rows cannot be cut into shards of {shard_rows}")
-            stop = self._starts[-1] + rows
+        for states, shard_rows in parts:
+            if states < 0 or shard_rows < 1:
+                raise ValueError(f"{states} states cannot be cut into shards of {shard_rows}")
+            stop = self._starts[-1] + states
             self._starts += range(self._starts[-1] + shard_rows, stop, shard_rows)
-            if rows:
+            if states:
                 self._starts.append(stop)
             self._first_shards.append(self.shards)
 
     @property
-    def rows(self) -> int:
-        """How many rows there are."""
+    def states(self) -> int:
+        """How many states there are."""
         return self._starts[-1]
 
     @property
@@ -109,7 +108,7 @@ class ShardGrid:
 
     @property
     def starts(self) -> Sequence[int]:
-        """The first row of every shard, then the number of rows."""
+        """The first state of every shard, then the number of states."""
         return self._starts
 
     def of_part(self, part: int) -> range:
@@ -120,26 +119,26 @@ class ShardGrid:
         """The part that a shard belongs to."""
         return bisect_right(self._first_shards, shard) - 1
 
-    def rows_of(self, shard: int) -> range:
-        """The rows of one shard."""
+    def states_of(self, shard: int) -> range:
+        """The states of one shard."""
         if not 0 <= shard < self.shards:
             raise ValueError(f"shard {shard} is not one of {self.shards}")
         return range(self._starts[shard], self._starts[shard + 1])
 
-    def shard_of(self, row: int) -> int:
-        """The shard that holds ``row``."""
-        if not 0 <= row < self.rows:
-            raise ValueError(f"row {row} is not one of {self.rows}")
-        return bisect_right(self._starts, row) - 1
+    def shard_of(self, state: int) -> int:
+        """The shard that holds ``state``."""
+        if not 0 <= state < self.states:
+            raise ValueError(f"state {state} is not one of {self.states}")
+        return bisect_right(self._starts, state) - 1
 
-    def pieces(self, first_row: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Consecutive rows cut at shard boundaries, in order: shard, first row, number of rows."""
-        row, stop = first_row, first_row + length
-        while row < stop:
-            shard = self.shard_of(row)
-            size = min(stop, self.rows_of(shard).stop) - row
-            yield shard, row, size
-            row += size
+    def pieces(self, first_state: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Consecutive states cut at shard boundaries, in order: shard, first state, number of states."""
+        state, stop = first_state, first_state + length
+        while state < stop:
+            shard = self.shard_of(state)
+            size = min(stop, self.states_of(shard).stop) - state
+            yield shard, state, size
+            state += size
 
 
 def human_bytes(size: int) -> str:

@@ -3,7 +3,7 @@
 Moments are sums in fixed point, each value rounded by itself to ``2**-40``, so that adding them is exact in any order.
 Norms are counted in bins of fixed bounds. What is only a maximum or a count merges by itself.
 
-Legend: n rows, H hidden, U = 2**40 (``UNITS``).
+Legend: n rows of an array of states, H numbers in each, U = 2**40 (``UNITS``).
 """
 
 import math
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.store.fields import Fields
 from nemo_qwen_hidden.store.format import Dtype, Shard
 
-BLOCK_ROWS = 128  # small enough for a processor's cache
+BLOCK_ROWS = 128  # at most; small enough for a processor's cache
+BLOCK_NUMBERS = 1 << 20  # at most, where a row is wide
 UNIT_BITS = 40
 LIMIT = 2.0**22  # of magnitudes: below it every sum over BLOCK_ROWS stays below 2**53, where float64 is exact
 ERROR_BITS = 50
@@ -124,17 +125,18 @@ class Accumulator:
     """Takes the values of a shard in order and gives their statistics. Works in memory of its own, which stays in a
     processor's cache: allocating an array for each step took twice the time."""
 
-    def __init__(self, hidden_size: int) -> None:
-        self._moments = np.zeros((4, hidden_size), np.int64)
+    def __init__(self, width: int) -> None:
+        self._moments = np.zeros((4, width), np.int64)
         self._norms = np.zeros(BINS, np.int64)
         self._row = self._rows = self._nan = self._inf = self._max_abs_row = 0
         self._max_abs, self._min_norm, self._max_norm = -1.0, math.inf, 0.0
-        self._values, self._squares, self._spare = np.empty((3, BLOCK_ROWS, hidden_size), np.float64)
+        self._block_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // width))
+        self._values, self._squares, self._spare = np.empty((3, self._block_rows, width), np.float64)
 
     def add(self, values_nH: NDArray[np.float32] | NDArray[np.float64]) -> None:
         """The next rows."""
-        for start in range(0, len(values_nH), BLOCK_ROWS):
-            self._add(values_nH[start : start + BLOCK_ROWS])
+        for start in range(0, len(values_nH), self._block_rows):
+            self._add(values_nH[start : start + self._block_rows])
 
     def _add(self, block_nH: NDArray[Any]) -> None:
         magnitudes = np.maximum(block_nH.max(axis=1), -block_nH.min(axis=1))  # NaN where the row has one
@@ -209,10 +211,10 @@ def bin_bounds(number: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of one hook point over rows of a store.
+    """Of one hook point over states of a store.
 
-    rows: counted rows (see ``ShardStatistics``); left_out: the others. mean, variance: float64 [H], over rows, of the
-    stored values rounded to 2**-40; variance divides by ``rows``. max_abs_row: a row of the store.
+    rows: counted states (see ``ShardStatistics``); left_out: the others. mean, variance: float64 [H], over states, of
+    the stored values rounded to 2**-40; variance divides by ``rows``. max_abs_state: the number of a state.
     """
 
     rows: int
@@ -220,7 +222,7 @@ class Statistics:
     nan: int
     inf: int
     max_abs: float
-    max_abs_row: int
+    max_abs_state: int
     min_norm: float
     max_norm: float
     mean: NDArray[np.float64]
@@ -247,30 +249,30 @@ class Statistics:
         return min(max(sum(bin_bounds(number)) / 2, self.min_norm), self.max_norm)
 
 
-def merge(shards: Iterable[tuple[int, int, ShardStatistics, Sums]], hidden_size: int) -> Statistics:
-    """The statistics of all rows of some shards, of which each is: first row, rows, and what is known of it."""
-    rows = total = nan = inf = max_abs_row = 0
+def merge(shards: Iterable[tuple[int, int, ShardStatistics, Sums]], width: int) -> Statistics:
+    """The statistics of all states of some shards, of which each is: first state, states, what is known of it."""
+    rows = total = nan = inf = max_abs_state = 0
     max_abs, min_norm, max_norm = -1.0, math.inf, 0.0
-    moments, norms = np.zeros((4, hidden_size), object), np.zeros(BINS, np.int64)
-    for first_row, size, known, sums in shards:
+    moments, norms = np.zeros((4, width), object), np.zeros(BINS, np.int64)
+    for first_state, size, known, sums in shards:
         total += size
         nan, inf = nan + known.nan, inf + known.inf
         if not known.rows:
             continue
         rows += known.rows
         if known.max_abs > max_abs:
-            max_abs, max_abs_row = known.max_abs, first_row + known.max_abs_row
+            max_abs, max_abs_state = known.max_abs, first_state + known.max_abs_row
         min_norm, max_norm = min(min_norm, known.min_norm), max(max_norm, known.max_norm)
         moments += sums.moments
         norms += sums.norms
-    mean, variance = _mean_and_variance(moments, rows) if rows else (np.zeros(hidden_size), np.zeros(hidden_size))
+    mean, variance = _mean_and_variance(moments, rows) if rows else (np.zeros(width), np.zeros(width))
     return Statistics(
         rows=rows,
         left_out=total - rows,
         nan=nan,
         inf=inf,
         max_abs=max(0.0, max_abs),
-        max_abs_row=max_abs_row,
+        max_abs_state=max_abs_state,
         min_norm=min_norm if rows else 0.0,
         max_norm=max_norm,
         mean=mean,

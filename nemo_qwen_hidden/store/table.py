@@ -5,6 +5,8 @@ from nemo_qwen_hidden.store.format import TOKENS
 TOKEN_BYTES = 12  # of each row
 COLUMNS = ("token_id", "document", "position")
 FIRST_ROW = "document_first_row"
+KEPT = "kept"  # of a table some of whose rows alone have states
+KEPT_BYTES = 8  # of each of those
 
 
 def table_name(part: int) -> str:

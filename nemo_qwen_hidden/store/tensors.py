@@ -1,4 +1,4 @@
-"""Stored dtypes as torch has them. Legend: n rows of one call, H hidden."""
+"""Stored dtypes as torch has them. Legend: n states of one call, H numbers in each."""
 
 import torch
 

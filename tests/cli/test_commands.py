@@ -124,7 +124,7 @@ def test_plan_then_extract_then_inspect(
     assert inspected["dtype"] == "bf16 stored, fp32 computed"
     assert inspected["architecture"].startswith("qwen2, layers 3, hidden 64, heads 4, key/value heads 2")
     assert inspected["layout"] == "tp=2 pp=1 dp=1 sp=false"
-    assert re.search(r"^final_norm +\[3\] +after the final norm +[0-9.]+ kB", out, re.M)
+    assert re.search(r"^final_norm +64 +\[3\] +after the final norm +[0-9.]+ kB", out, re.M)
 
     assert main(["inspect", "--json", str(store)]) == 0
     everything = json.loads(capfd.readouterr().out)

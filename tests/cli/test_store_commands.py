@@ -16,7 +16,7 @@ from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep.verify import verify
 from nemo_qwen_hidden.store.write import session
-from tests.store.crafted import PARTS, craft, rewrite
+from tests.store.crafted import KEPT, PARTS, craft, craft_version_2, rewrite
 from tests.store.helpers import make_store
 
 MODEL = {"path": "tiny", "weights_sha256": "1" * 64, "config": {"model_type": "qwen2", "num_hidden_layers": 4}}
@@ -69,6 +69,25 @@ def test_what_is_missing_is_said(arguments: list[str], capsys: pytest.CaptureFix
         main(arguments)
     assert end.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_what_is_kept_and_its_shape_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = craft_version_2(tmp_path / "store", model=MODEL).path
+    assert main(["inspect", str(store)]) == 0
+    out = said(capfd)
+    assert facts(out)["states"] == f"{len(KEPT)} of 34 rows, pooled (last)"
+    assert facts(out)["selection"] == "every=3, spans=[[1, 2]]"
+    assert re.search(r"^q@1 +3 x 4 +- +before the final norm", out, re.M)
+    assert re.search(r"^resid_post@3 +6 +- +before the final norm", out, re.M)
+    assert main(["inspect", "--json", str(store)]) == 0
+    everything = json.loads(capfd.readouterr().out)
+    assert (everything["states"], everything["pooling"]) == (len(KEPT), "last")
+    assert everything["hook_points"][2]["heads"] == [2, 0]
+    assert main(["verify", "--full", "--quiet", str(store)]) == 0
+    assert facts(said(capfd))["wrong"] == "nothing"
+    assert main(["export", str(store), "--to", "npy", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert facts(said(capfd))["rows"] == str(len(KEPT))
+    assert np.load(tmp_path / "out/row.npy").tolist() == list(KEPT)
 
 
 def test_verify_imports_no_torch(store: Path) -> None:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ LENGTHS = (3, 0, 7, 1, 12)
 ONE_PART = ((LENGTHS, 5),)
 PARTS = ((LENGTHS, 5), ((), 3), ((0, 4), 100), ((6, 1), 2))
 EPS = 1e-6
+SHAPES = {HookPoint("q", 1): (3, 4), HookPoint("attn_weights", 1): (2, 5), HookPoint("mlp_act", 1): (11,)}
+VERSION_2_POINTS = (POINTS[0], *SHAPES, *POINTS[2:])
+KEPT = (1, 2, 4, 9, 10, 11, 22, 23, 26, 27, 30, 32, 33)
+"""Of the rows of ``PARTS``: of documents some, one or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crafted:
-    """A store and its truth. states: [N, H] of each hook point as it is to be read. token_id, document, position: [N].
-    lengths: of all documents. weight: of the final norm, fp32 [H]."""
+    """A store and its truth. states: [K, H] of each hook point as it is to be read. token_id, document, position: [N].
+    lengths: of all documents. weight: of the final norm, fp32 [H]. kept: [K], the row of each state."""
 
     path: Path
     manifest: Manifest
@@ -40,6 +45,7 @@ class Crafted:
     position: NDArray[np.int64]
     lengths: tuple[int, ...]
     weight: torch.Tensor
+    kept: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def rows(self) -> int:
@@ -57,12 +63,18 @@ def craft(
     final_norm: bool = True,
     values: Callable[[int, int], NDArray[Any]] | None = None,
     model: dict[str, Any] | None = None,
+    shapes: Mapping[HookPoint, tuple[int, ...]] | None = None,
+    heads: Mapping[HookPoint, tuple[int, ...]] | None = None,
+    kept: Sequence[int] | None = None,
+    selection: Mapping[str, Any] | None = None,
+    pooling: str | None = None,
 ) -> Crafted:
     """Makes a store at ``path``.
 
     Args:
         parts: for each, the lengths of its documents and the rows of a shard. values: gives [rows, hidden_size] of a
-            hook point; random ones by default.
+            hook point; random ones by default. shapes: of a state, [hidden_size] by default. kept: the rows of the
+            store that keep their states, all by default: the states are those of the full store, cut afterwards.
     """
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True)
@@ -70,13 +82,15 @@ def craft(
     lengths = tuple(length for documents, _ in parts for length in documents)
     total = sum(lengths)
     token_id = rng.integers(0, 1000, total, dtype=np.int32)
-    made = list(_parts(path, parts, token_id))
+    rows = np.arange(total) if kept is None else np.array(kept, np.int64)
+    made = list(_parts(path, parts, token_id, None if kept is None else rows, selection))
     entries, states = [], {}
     for point in points:
-        given = rng.standard_normal((total, hidden_size)) if values is None else values(total, hidden_size)
-        stored, scale, states[point] = _encode(given.astype(np.float32), dtype)
+        shape = (shapes or {}).get(point, (hidden_size,))
+        given = rng.standard_normal((total, prod(shape))) if values is None else values(total, prod(shape))
+        stored, scale, states[point] = _encode(given.astype(np.float32)[rows], dtype)
         (path / str(point)).mkdir()
-        entry = HookPointEntry.of(point, num_layers=4, shards=0)
+        entry = HookPointEntry.of(point, num_layers=4, shards=0, shape=shape, heads=(heads or {}).get(point))
         shards = tuple(_shards(path, point, entry.norm, made, dtype, stored, scale))
         entries.append(HookPointEntry(**(vars(entry) | {"shards": shards})))
     weight = rng.standard_normal(hidden_size).astype(np.float32)
@@ -87,6 +101,7 @@ def craft(
         stored_dtype=dtype,
         hook_points=tuple(entries),
         parts=tuple(made),
+        pooling=pooling,
         final_norm=norm,
         model=model or {"path": "tiny", "num_layers": 4},
         producers=({"layout": {"tp": 1}, "versions": {"torch": "2.13"}},),
@@ -101,7 +116,22 @@ def craft(
         position=np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)]),
         lengths=lengths,
         weight=torch.from_numpy(weight),
+        kept=rows,
     )
+
+
+def craft_version_2(path: Path, **changes: Any) -> Crafted:
+    """``craft`` with everything that version 2 of the format adds."""
+    given: dict[str, Any] = {
+        "parts": PARTS,
+        "points": VERSION_2_POINTS,
+        "shapes": SHAPES,
+        "heads": {HookPoint("attn_weights", 1): (2, 0)},
+        "kept": KEPT,
+        "selection": {"every": 3, "spans": [[1, 2]]},
+        "pooling": "last",
+    }
+    return craft(path, **(given | changes))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -112,13 +142,21 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (path / "manifest.json").write_bytes(blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1))
 
 
-def _parts(path: Path, parts: Sequence[tuple[Sequence[int], int]], token_id: NDArray[np.int32]) -> Any:
+def _parts(
+    path: Path,
+    parts: Sequence[tuple[Sequence[int], int]],
+    token_id: NDArray[np.int32],
+    kept: NDArray[np.int64] | None,
+    selection: Mapping[str, Any] | None,
+) -> Any:
     row = document = 0
     for number, (lengths, shard_rows) in enumerate(parts):
         rows = sum(lengths)
         bounds = np.cumsum((0, *lengths))
+        inside = None if kept is None else kept[(row <= kept) & (kept < row + rows)] - row
         columns = {
             "document_first_row": bounds.astype(np.int64),
+            **({} if inside is None else {"kept": inside}),
             "token_id": token_id[row : row + rows],
             "document": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
             "position": (np.arange(rows) - np.repeat(bounds[:-1], lengths)).astype(np.int32),
@@ -136,6 +174,8 @@ def _parts(path: Path, parts: Sequence[tuple[Sequence[int], int]], token_id: NDA
             shard_rows=shard_rows,
             tokens=_save(path, f"tokens/{number:06d}.safetensors", columns, {}),
             lines=_write(path, f"tokens/{number:06d}.documents.jsonl", lines.encode()),
+            kept=None if inside is None else len(inside),
+            selection=selection,
         )
         row, document = row + rows, document + len(lengths)
 
@@ -159,11 +199,11 @@ def _shards(
     stored: NDArray[Any],
     scale: NDArray[np.float32] | None,
 ) -> Any:
-    number = 0
-    for part in parts:
-        for first in range(part.first_row, part.first_row + part.rows, part.shard_rows):
-            rows = slice(first, min(first + part.shard_rows, part.first_row + part.rows))
-            block, factor = stored[rows], None if scale is None else scale[rows]
+    number, begins = 0, accumulate((part.states for part in parts), initial=0)
+    for part, begin in zip(parts, begins, strict=False):
+        for first in range(begin, begin + part.states, part.shard_rows):
+            states = slice(first, min(first + part.shard_rows, begin + part.states))
+            block, factor = stored[states], None if scale is None else scale[states]
             accumulator = Accumulator(stored.shape[1])
             accumulator.add(_as_float64(block, dtype, factor))
             statistics, sums = accumulator.result()
@@ -173,7 +213,7 @@ def _shards(
                 "hook_point": str(point),
                 "norm": norm,
                 "part": part.tokens.sha256,
-                "first_row": str(first - part.first_row),
+                "first_row": str(first - begin),
                 "rows": str(len(block)),
             }
             saved = _save(path, f"{point}/{number:06d}.safetensors", tensors, metadata)

@@ -90,7 +90,11 @@ def draft(*parts: Part, points: Iterable[HookPoint] = POINTS, **changes: Any) ->
         return manifest
     shards = manifest.grid.shards
     return replace(
-        manifest, hook_points=tuple(HookPointEntry.of(point, num_layers=LAYERS, shards=shards) for point in points)
+        manifest,
+        hook_points=tuple(
+            HookPointEntry.of(point, num_layers=LAYERS, shards=shards, shape=(manifest.hidden_size,))
+            for point in points
+        ),
     )
 
 

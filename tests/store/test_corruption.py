@@ -22,17 +22,27 @@ from nemo_qwen_hidden import open_store
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from tests.store.crafted import craft, rewrite
+from tests.store.crafted import SHAPES, craft, rewrite
 
 POINTS = (HookPoint("embed"), HookPoint("resid_post", 3), HookPoint("final_norm"))
 PARTS = (((3, 0, 7), 5), ((6, 1), 4))
 ARCHITECTURE = {"num_layers": 4, "hidden_size": 6, "vocab_size": 1000, "norm_epsilon": 1e-6}
+VERSION_2 = {
+    "points": (*POINTS[:1], *SHAPES, *POINTS[1:]),
+    "shapes": SHAPES,
+    "heads": {HookPoint("attn_weights", 1): (2, 0)},
+    "kept": (0, 2, 3, 4, 8, 9, 11, 15),
+    "selection": {"every": 3, "spans": [[1, 2]]},
+    "pooling": "last",
+}
+HEADS = {"num_heads": 3, "head_dim": 4, "num_query_groups": 1, "ffn_hidden_size": 11}
 # what nothing else in a store contradicts; docs/format.md lists it for people
 FREE = re.compile(
     r"same|model\.(path|weights_sha256|config|architecture\.vocab_size).*|tokenizer.*|producers.*|dtypes\.compute"
     r"|(without )?(model(\.architecture(\.\w+)?)?|parts\.\d+\.(shard_rows|data(\.(path|max_tokens))?))"
     r"|without parts\.\d+\.data\.\w+"
     r"|(without )?hook_points\.\d+\.shards\.\d+\.error.*"
+    r"|without pooling|hook_points\.\d+\.heads.*"
     r"|without (model\.(path|weights_sha256|config)|tokenizer\.|producers\.).*"
 )
 Fields = Any
@@ -49,9 +59,12 @@ def fingerprint(lengths: tuple[int, ...], first_document: int, token_id: np.ndar
 
 
 def make(path: Path, dtype: str) -> Path:
-    """A store of two parts whose manifest says all that one can say."""
-    model = {"path": "tiny", "weights_sha256": "1" * 64, "architecture": ARCHITECTURE, "config": {"hidden_size": 6}}
-    made = craft(path, parts=PARTS, dtype=dtype, points=POINTS, model=model)
+    """A store of two parts whose manifest says all that one can say; of version 2, or of a dtype."""
+    second = dtype == "version 2"
+    architecture = {**ARCHITECTURE, **(HEADS if second else {})}
+    model = {"path": "tiny", "weights_sha256": "1" * 64, "architecture": architecture, "config": {"hidden_size": 6}}
+    options: dict[str, Any] = VERSION_2 if second else {"points": POINTS}
+    made = craft(path, parts=PARTS, dtype="int8" if second else dtype, model=model, **options)
 
     def add_data(fields: Fields) -> None:
         row = document = 0
@@ -77,11 +90,13 @@ def given_by(path: Path) -> list[Any]:
     tokens = store.tokens
     found += [np.asarray(column).tolist() for column in (tokens.token_id, tokens.document, tokens.position)]
     found += [(tokens.document_info(index), store.document(index).rows) for index in range(store.documents)]
+    found += [store.row_of_states(slice(None)).tolist(), [view.state_shape for view in store.views().values()]]
+    found += [store.document(index).states for index in range(store.documents)]
     weight, eps = store.final_norm
     return [*found, weight.tolist(), eps]
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "fp16", "int8"])
+@pytest.fixture(scope="module", params=["fp32", "bf16", "fp16", "int8", "version 2"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("whole") / "store", request.param)
 

@@ -16,7 +16,7 @@ from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.store.read.reader import Store, UnknownHookPointError
 from nemo_qwen_hidden.store.upkeep import export as export_module
 from nemo_qwen_hidden.store.upkeep.export import export
-from tests.store.crafted import PARTS, POINTS, Crafted, craft
+from tests.store.crafted import KEPT, PARTS, POINTS, SHAPES, Crafted, craft, craft_version_2
 
 NUMPY = {"fp32": np.float32, "bf16": np.float32, "fp16": np.float16, "int8": np.float32}
 TOKENS = ("token_id", "document", "position")
@@ -60,7 +60,7 @@ def test_npy(store: Crafted, tmp_path: Path, float32: bool, rows_at_once: int) -
     assert documents[2] == {"id": "doc-2", "source": "file 2.txt", "first_row": 3, "rows": 7}
     total = store.rows * 6 * np.dtype(dtype).itemsize * len(POINTS)
     assert done[-1] == (total, total)
-    assert (exported.rows, exported.files, exported.dtype) == (store.rows, len(names), np.dtype(dtype).name)
+    assert (exported.states, exported.files, exported.dtype) == (store.rows, len(names), np.dtype(dtype).name)
     assert exported.bytes == sum(file.stat().st_size for file in out.iterdir())
 
 
@@ -86,6 +86,31 @@ def test_parquet(store: Crafted, tmp_path: Path, float32: bool) -> None:
     assert table.column("document_id").to_pylist() == [f"doc-{number}" for number in store.document]
     labels = table.schema.field("final_norm").metadata
     assert (labels[b"norm"], b"after the final norm" in labels[b"meaning"]) == (b"after", True)
+
+
+@pytest.mark.parametrize("to", ["npy", "parquet"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_kept_rows_and_other_shapes(tmp_path: Path, to: str, dtype: str) -> None:
+    store, out = craft_version_2(tmp_path / "store", dtype=dtype), tmp_path / "out"
+    done: list[tuple[int, int]] = []
+    exported = export(store.path, out, to=to, block_bytes=200, file_bytes=700, report=lambda *bytes: done.append(bytes))
+    assert exported.states == len(KEPT)
+    widths = [int(np.prod(SHAPES.get(point, (6,)))) for point in store.states]
+    assert done[-1] == (len(KEPT) * 4 * sum(widths),) * 2
+    tokens = {"row": list(KEPT)} | {name: getattr(store, name)[list(KEPT)].tolist() for name in TOKENS}
+    if to == "parquet":
+        table = pa.concat_tables(map(pq.read_table, sorted(out.glob("*.parquet"))))
+        assert {name: table.column(name).to_pylist() for name in tokens} == tokens
+        arrays = {point: np.array(table.column(str(point)).to_pylist(), np.float32) for point in store.states}
+    else:
+        assert {name: np.load(out / f"{name}.npy").tolist() for name in tokens} == tokens
+        arrays = {point: np.load(out / f"{point}.npy") for point in store.states}
+        assert [arrays[point].shape for point in SHAPES] == [(len(KEPT), *shape) for shape in SHAPES.values()]
+    for point, array in arrays.items():
+        assert np.array_equal(array.reshape(len(KEPT), -1), expected(store, point, np.float32))
+    said = json.loads((out / "export.json").read_text())
+    assert (said["rows"], said["states"], said["pooling"]) == (store.rows, len(KEPT), "last")
+    assert [point["shape"] for point in said["hook_points"]] == [[6], [3, 4], [2, 5], [11], [6], [6]]
 
 
 def test_the_library_datasets_reads_it(store: Crafted, tmp_path: Path) -> None:
@@ -126,7 +151,7 @@ def test_nan_and_infinite_values_stay_what_they_are(tmp_path: Path, to: str) -> 
 def test_a_store_without_rows(tmp_path: Path, to: str) -> None:
     made = craft(tmp_path / "store", parts=(((0, 0), 5),))
     exported = export(made.path, tmp_path / "out", to=to)
-    assert exported.rows == 0
+    assert exported.states == 0
     if to == "npy":
         assert np.load(tmp_path / "out/embed.npy").shape == (0, 6)
     else:

@@ -11,10 +11,10 @@ GRIDS = st.builds(ShardGrid, st.lists(st.tuples(st.integers(0, 60), st.integers(
 
 @given(GRIDS)
 def test_shards_cut_all_rows_in_order(grid: ShardGrid) -> None:
-    rows = [row for shard in range(grid.shards) for row in grid.rows_of(shard)]
-    assert rows == list(range(grid.rows))
-    assert all(row in grid.rows_of(grid.shard_of(row)) for row in rows)
-    assert list(grid.starts) == [0, *(grid.rows_of(shard).stop for shard in range(grid.shards))]
+    rows = [row for shard in range(grid.shards) for row in grid.states_of(shard)]
+    assert rows == list(range(grid.states))
+    assert all(row in grid.states_of(grid.shard_of(row)) for row in rows)
+    assert list(grid.starts) == [0, *(grid.states_of(shard).stop for shard in range(grid.shards))]
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=4))
@@ -23,27 +23,29 @@ def test_each_part_is_cut_by_itself(parts: list[tuple[int, int]]) -> None:
     for number, (rows, shard_rows) in enumerate(parts):
         alone = ShardGrid([(rows, shard_rows)])
         shards = grid.of_part(number)
-        assert [len(grid.rows_of(shard)) for shard in shards] == [len(alone.rows_of(k)) for k in range(alone.shards)]
-        assert all(len(grid.rows_of(shard)) == shard_rows for shard in shards[:-1])
+        assert [len(grid.states_of(shard)) for shard in shards] == [
+            len(alone.states_of(k)) for k in range(alone.shards)
+        ]
+        assert all(len(grid.states_of(shard)) == shard_rows for shard in shards[:-1])
         assert all(grid.part_of(shard) == number for shard in shards)
-        assert not shards or grid.rows_of(shards[0]).start == row
+        assert not shards or grid.states_of(shards[0]).start == row
         row += rows
 
 
 @given(GRIDS, st.data())
 def test_pieces_stay_in_their_shards(grid: ShardGrid, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, grid.rows))
-    length = data.draw(st.integers(0, grid.rows - first))
+    first = data.draw(st.integers(0, grid.states))
+    length = data.draw(st.integers(0, grid.states - first))
     pieces = list(grid.pieces(first, length))
     assert [row + i for _, row, size in pieces for i in range(size)] == list(range(first, first + length))
     for shard, row, size in pieces:
-        assert size > 0 and {row, row + size - 1} <= set(grid.rows_of(shard))
+        assert size > 0 and {row, row + size - 1} <= set(grid.states_of(shard))
     assert len({shard for shard, _, _ in pieces}) == len(pieces)
 
 
 def test_ten_rows_in_shards_of_four() -> None:
     grid = ShardGrid([(10, 4)])
-    assert [grid.rows_of(shard) for shard in range(grid.shards)] == [range(0, 4), range(4, 8), range(8, 10)]
+    assert [grid.states_of(shard) for shard in range(grid.shards)] == [range(0, 4), range(4, 8), range(8, 10)]
     assert list(grid.pieces(3, 6)) == [(0, 3, 1), (1, 4, 4), (2, 8, 1)]
 
 
@@ -56,10 +58,10 @@ def test_no_such_grid(rows: int, shard_rows: int) -> None:
 def test_what_is_outside_is_an_error() -> None:
     grid = ShardGrid([(10, 4)])
     with pytest.raises(ValueError, match="shard 3 is not one of 3"):
-        grid.rows_of(3)
-    with pytest.raises(ValueError, match="row 10 is not one of 10"):
+        grid.states_of(3)
+    with pytest.raises(ValueError, match="state 10 is not one of 10"):
         grid.shard_of(10)
-    with pytest.raises(ValueError, match="row 10 is not one of 10"):
+    with pytest.raises(ValueError, match="state 10 is not one of 10"):
         list(grid.pieces(8, 3))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.hookpoint import LAYERLESS_SITES, SITES, HookPoint
 from nemo_qwen_hidden.store import format as layout
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.fields import Fields
@@ -26,7 +26,7 @@ from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.statistics import BINS, ERROR_BITS, LIMIT, UNIT_BITS
 from nemo_qwen_hidden.store.upkeep.check_shards import NORM_TOLERANCE
 from nemo_qwen_hidden.store.write import session
-from tests.store.crafted import PARTS, craft
+from tests.store.crafted import PARTS, craft, craft_version_2
 from tests.store.helpers import make_store, unfinished
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -49,6 +49,12 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16", "fp16", "int8"])
+def second(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of version 2, with everything that is new in it."""
+    return craft_version_2(tmp_path_factory.mktemp("second") / "store", dtype=request.param).path
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "fp16", "int8"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One part, by the package's."""
     return make_store(tmp_path_factory.mktemp("written") / "store", stored_dtype=request.param).path
@@ -57,7 +63,9 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def same(reader: dict[str, Any], path: Path) -> None:
     opened = open_store(path)
     for name in opened.hook_points:
-        assert np.array_equal(reader["states"](path, name), opened[name][:].float().numpy())
+        found = opened[name][:].float().numpy().reshape(-1, *opened[name].state_shape)
+        assert np.array_equal(reader["states"](path, name), found)
+    assert np.array_equal(reader["row_of_each_state"](path), opened.row_of_states(slice(None)))
     columns = reader["tokens"](path)
     for name, column in columns.items():
         assert np.array_equal(column, np.asarray(getattr(opened.tokens, name)))
@@ -69,6 +77,11 @@ def test_the_reader_reads_several_parts(reader: dict[str, Any], store: Path) -> 
 
 def test_the_reader_reads_what_the_package_writes(reader: dict[str, Any], written: Path) -> None:
     same(reader, written)
+
+
+def test_the_reader_reads_version_2(reader: dict[str, Any], second: Path) -> None:
+    assert reader["manifest_of"](second)["version"] == 2
+    same(reader, second)
 
 
 def test_the_reader_refuses_damage(reader: dict[str, Any], tmp_path: Path) -> None:
@@ -88,15 +101,15 @@ def keys(value: Any) -> Iterator[str]:
     """Every key of a JSON value but those of free JSON."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield key
-        if key not in ("model", "tokenizer", "producers", "data"):
+        if key not in ("model", "tokenizer", "producers", "data", "selection"):
             yield from keys(inner)
     for inner in value if isinstance(value, list) else ():
         yield from keys(inner)
 
 
-def test_every_field_is_described(written: Path, store: Path, tmp_path: Path) -> None:
+def test_every_field_is_described(written: Path, store: Path, second: Path, tmp_path: Path) -> None:
     unfinished(tmp_path / "unfinished")
-    texts = [(path / "manifest.json").read_text() for path in (written, store)]
+    texts = [(path / "manifest.json").read_text() for path in (written, store, second)]
     texts.append((tmp_path / "unfinished/unfinished.json").read_text())
     lines = [
         line for file in (tmp_path / "unfinished/journal").glob("*.jsonl") for line in file.read_text().splitlines()
@@ -116,7 +129,7 @@ def test_every_file_has_the_name_that_is_described(written: Path) -> None:
 
 def test_numbers_in_the_text_are_those_of_the_code() -> None:
     assert (BINS, LIMIT, UNIT_BITS, ERROR_BITS) == (5376, 2**22, 40, 50)
-    assert (layout.FORMAT, layout.FORMAT_VERSION) == ("nemo_qwen_hidden.store", 1)
+    assert (layout.FORMAT, layout.VERSIONS_READ) == ("nemo_qwen_hidden.store", (1, 2))
     assert set(layout.DTYPES) == {"fp32", "bf16", "fp16", "int8"}
     assert NORM_TOLERANCE == 1e-12
     for text in ("[5376]", "2^22", "2^-40", "2^-50", "1e-12", "`nemo_qwen_hidden.unfinished`"):
@@ -125,10 +138,12 @@ def test_numbers_in_the_text_are_those_of_the_code() -> None:
 
 def test_meanings_are_those_of_the_text() -> None:
     for layers in (3, 28):
-        for point in (HookPoint("embed"), HookPoint("resid_post", 2), HookPoint("final_norm")):
-            entry = HookPointEntry.of(point, num_layers=layers, shards=0)
+        for point in (HookPoint(site, None if site in LAYERLESS_SITES else 2) for site in SITES):
+            entry = HookPointEntry.of(point, num_layers=layers, shards=0, shape=(6,))
             said = entry.meaning.replace(f"layer {point.layer} (", "layer I (").replace(f"of {layers})", "of L)")
-            assert f"    {said.replace(f'resid_post@{layers - 1}', 'resid_post@M')}\n" in TEXT
+            said = said.replace(f"resid_post@{layers - 1}", "resid_post@M")
+            (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| `{point.site}` | `["))
+            assert line.endswith(f"| {said} |")
             assert (entry.norm == "after") == (point.site == "final_norm")
 
 
@@ -221,9 +236,9 @@ def test_unknown_fields_are_kept_and_later_versions_refused(written: Path) -> No
     manifest = Manifest.from_json((written / "manifest.json").read_bytes())
     values = manifest.as_dict()
     values["later"] = values["parts"][0]["later"] = values["hook_points"][0]["shards"][0]["later"] = {"x": 1}
-    again = Manifest.parse(Fields(json.loads(json.dumps(values)), file="m"))
+    again = Manifest.parse(Fields(json.loads(json.dumps(values)), file="m"), 1)
     assert again.as_dict() == values
-    text = (written / "manifest.json").read_text().replace('"version": 1', '"version": 2')
+    text = (written / "manifest.json").read_text().replace('"version": 1', '"version": 3')
     with pytest.raises(StoreError, match="must be one that this release of nemo_qwen_hidden reads"):
         Manifest.from_json(text.encode())
     assert session.find(written).finished == manifest

@@ -35,7 +35,7 @@ def entry(point: HookPoint) -> HookPointEntry:
         )
         for k, first_row, rows in SHARDS
     )
-    return replace(HookPointEntry.of(point, num_layers=4, shards=4), shards=shards)
+    return replace(HookPointEntry.of(point, num_layers=4, shards=4, shape=(6,)), shards=shards)
 
 
 def part(number: int, **sizes: int) -> Part:
@@ -76,7 +76,7 @@ def test_there_and_back() -> None:
     assert found == MANIFEST
     assert found.to_json() == MANIFEST.to_json()
     assert (found.rows, found.documents, found.grid.shards) == (15, 3, 4)
-    assert [found.grid.rows_of(shard) for shard in range(4)] == [range(f, f + n) for _, f, n in SHARDS]
+    assert [found.grid.states_of(shard) for shard in range(4)] == [range(f, f + n) for _, f, n in SHARDS]
 
 
 def test_the_digest_is_that_of_the_file_with_zeros_in_its_place() -> None:
@@ -95,7 +95,7 @@ def test_a_missing_shard_makes_no_manifest_but_a_target() -> None:
     gap = replace(MANIFEST.hook_points[1], shards=(*MANIFEST.hook_points[1].shards[:2], None, None))
     target = replace(MANIFEST, hook_points=(MANIFEST.hook_points[0], gap))
     assert list(target.missing()) == [(HookPoint("final_norm"), 2), (HookPoint("final_norm"), 3)]
-    assert Manifest.parse(Fields(json.loads(json.dumps(target.as_dict())), file="f")) == target
+    assert Manifest.parse(Fields(json.loads(json.dumps(target.as_dict())), file="f"), 1) == target
     with pytest.raises(StoreError, match="must list every shard, but is 'no shard 2 of final_norm' instead"):
         Manifest.from_json(target.to_json())
 
@@ -151,8 +151,8 @@ POINT, SHARD, PART = ("hook_points", 0), ("hook_points", 0, "shards", 1), ("part
         (at("format"), "zarr", "`manifest.json: format` must be one of nemo_qwen_hidden.store, but is 'zarr'"),
         (
             at("version"),
-            2,
-            "`manifest.json: version` must be one that this release of nemo_qwen_hidden reads (1), but is 2",
+            3,
+            "`manifest.json: version` must be one that this release of nemo_qwen_hidden reads (1, 2), but is 3",
         ),
         (at("version"), "1", "`manifest.json: version` must be an integer"),
         (at("rows"), 12.0, "`manifest.json: rows` must be an integer of at least 0, but is 12.0"),
@@ -182,8 +182,8 @@ POINT, SHARD, PART = ("hook_points", 0), ("hook_points", 0, "shards", 1), ("part
         (at(*SHARD, "file"), "", "must be a plain path inside the store's folder"),
         (at(*SHARD, "file"), "a\0b", "must be a plain path inside the store's folder"),
         (at(*SHARD, "file"), "..\\x", "must be a plain path inside the store's folder"),
-        (at(*SHARD, "first_row"), 6, "hook_points[0].shards[1]` must hold rows 5 to 9, but is '6 to 10'"),
-        (at(*SHARD, "rows"), 4, "hook_points[0].shards[1]` must hold rows 5 to 9, but is '5 to 8'"),
+        (at(*SHARD, "first_row"), 6, "hook_points[0].shards[1]` must hold states 5 to 9, but is '6 to 10'"),
+        (at(*SHARD, "rows"), 4, "hook_points[0].shards[1]` must hold states 5 to 9, but is '5 to 8'"),
         (at(*SHARD, "sha256"), "ab", "shards[1].sha256` must be 64 hexadecimal digits, but is 'ab'"),
         (at(*SHARD, "sha256"), None, "shards[1].sha256` must be a string"),
         (at(*SHARD, "statistics", "nan"), -1, "shards[1].statistics.nan` must be an integer of at least 0"),

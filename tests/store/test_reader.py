@@ -309,7 +309,7 @@ def test_claims_without_end(crafted: Crafted) -> None:
 
 def test_a_row_that_no_shard_could_hold(crafted: Crafted) -> None:
     rewrite(crafted.path, lambda fields: fields.update(hidden_size=2**24))
-    with pytest.raises(StoreError, match=r"must have shards that hold rows of 16777216 values"):
+    with pytest.raises(StoreError, match=r"must have shards that hold states of 16777216 values"):
         open_store(crafted.path)[POINT][0]
 
 
@@ -345,6 +345,6 @@ def test_a_final_norm_that_is_not_one(crafted: Crafted) -> None:
 def test_unknown_version(crafted: Crafted) -> None:
     rewrite(crafted.path, lambda fields: fields.update(version=9))
     with pytest.raises(
-        StoreError, match=re.escape("that this release of nemo_qwen_hidden reads (1), but is 9 instead")
+        StoreError, match=re.escape("that this release of nemo_qwen_hidden reads (1, 2), but is 9 instead")
     ):
         open_store(crafted.path)

@@ -26,7 +26,7 @@ from nemo_qwen_hidden.store.read import remote
 from nemo_qwen_hidden.store.read.datasets import BatchLoader, RowBatches
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.store.read.source import Folder
-from tests.store.crafted import PARTS, POINTS, Crafted, craft, rewrite
+from tests.store.crafted import PARTS, POINTS, Crafted, craft, craft_version_2, rewrite
 from tests.store.helpers import python
 
 register("s3")
@@ -130,6 +130,26 @@ def test_the_same_as_on_disk(tmp_path: Path, place: Place, dtype: str) -> None:
     ours, theirs = store[POINT].statistics(), local[POINT].statistics()
     assert np.array_equal(ours.mean, theirs.mean) and np.array_equal(ours.norms, theirs.norms)
     assert torch.equal(store[POINT].normed()[4], local[POINT].normed()[4])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_kept_rows_and_other_shapes_are_the_same_as_on_disk(tmp_path: Path, place: Place, dtype: str) -> None:
+    crafted = craft_version_2(tmp_path / "store", dtype=dtype)
+    url = place.put(crafted, f"version-2-{dtype}")
+    store, local = open_store(url, place.options), open_store(crafted.path)
+    assert (store.manifest, repr(store["q@1"])) == (local.manifest, repr(local["q@1"]))
+    for states in (slice(None), slice(3, 12, 4), [5, -1, 5, 0], [], 7, range(4, 9)):
+        ours, theirs = store.read(states), local.read(states)
+        assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert np.array_equal(store.row_of_states(states), local.row_of_states(states))
+    assert store.state_of_rows([33, 1]).tolist() == [12, 0] and store.tokens.states_of(3, 24) == range(2, 9)
+    for number in range(store.documents):
+        ours, theirs = store.document(number), local.document(number)
+        assert ours.position.tolist() == theirs.position.tolist() and torch.equal(ours["q@1"], theirs["q@1"])
+    (batch,) = RowBatches(store, batch_rows=13)
+    (same,) = RowBatches(local, batch_rows=13)
+    assert all(torch.equal(batch[name], same[name]) for name in same)
+    assert np.array_equal(store.statistics("mlp_act@1").mean, local.statistics("mlp_act@1").mean)
 
 
 class Rows(RowBatches):

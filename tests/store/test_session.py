@@ -173,7 +173,7 @@ def test_discard_keeps_work(tmp_path: Path) -> None:
 
 def test_discard_leaves_the_store_that_was_to_become_larger(made: Made) -> None:
     before = tree(made.path)
-    entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5)
+    entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5, shape=(6,))
     with session.locked(made.path):
         target = replace(made.manifest, hook_points=(*made.manifest.hook_points, entry))
         session.start(made.path, target, {}, fresh=False)
@@ -184,7 +184,7 @@ def test_discard_leaves_the_store_that_was_to_become_larger(made: Made) -> None:
 
 
 def test_a_store_that_becomes_larger_stays_readable(made: Made) -> None:
-    entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5)
+    entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5, shape=(6,))
     target = replace(made.manifest, hook_points=(*made.manifest.hook_points, entry))
     with session.locked(made.path):
         session.start(made.path, target, {}, fresh=False)
@@ -222,7 +222,7 @@ def test_space_counts_what_the_earlier_store_gives_back(made: Made, monkeypatch:
 
 def test_rows_that_are_missing_are_named(tmp_path: Path) -> None:
     target = unfinished(tmp_path / "s", rows=[range(0, 9), range(11, ROWS)])
-    with pytest.raises(CoverageError, match="2 rows of embed were not written, the first 9 to 10"):
+    with pytest.raises(CoverageError, match="2 of embed were not written, the first 9 to 10"):
         session.to_seal(tmp_path / "s", target)
     with pytest.raises(CoverageError, match="shard 0 of embed is not there"):
         session.finish(tmp_path / "s", target)
@@ -235,7 +235,7 @@ def test_rows_that_were_written_twice_are_no_store(tmp_path: Path) -> None:
     twice = journal.JournalWriter(path, 1)
     twice.rows({POINT: [(4, 1)]}, {})
     twice.close()
-    with pytest.raises(CoverageError, match="some rows of resid_post@3 were written twice"):
+    with pytest.raises(CoverageError, match="some of resid_post@3 were written twice"):
         session.to_seal(path, target)
 
 

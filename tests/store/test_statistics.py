@@ -92,7 +92,7 @@ def test_what_exact_arithmetic_gives(rows: list[list[float]]) -> None:
         assert (found.max_abs, found.min_norm, found.max_norm) == (0, 0, 0) and not found.mean.any()
         return
     largest = max(abs(value) for row in counted for value in row)
-    assert found.max_abs == largest and np.abs(values[found.max_abs_row]).max() == largest
+    assert found.max_abs == largest and np.abs(values[found.max_abs_state]).max() == largest
     norms = [math.sqrt(math.fsum(value * value for value in row)) for row in counted]
     assert found.min_norm == pytest.approx(min(norms), rel=1e-14) and found.max_norm == pytest.approx(max(norms))
     count = len(counted)

@@ -337,7 +337,7 @@ def test_what_an_unfinished_job_is_making(store: Path) -> None:
         found = session.find(store).finished
         assert found is not None
         point = HookPoint("resid_post", 2)
-        more = HookPointEntry.of(point, num_layers=4, shards=found.grid.shards)
+        more = HookPointEntry.of(point, num_layers=4, shards=found.grid.shards, shape=(found.hidden_size,))
         entries = (*found.hook_points[:2], more, *found.hook_points[2:])
         session.start(store, replace(found, hook_points=entries), {}, fresh=False)
         (store / "resid_post@2").mkdir()
@@ -507,4 +507,4 @@ def test_a_file_that_becomes_shorter_while_it_is_read(store: Path, monkeypatch: 
 def test_a_marker_that_makes_no_sense(store: Path) -> None:
     (store / "unfinished.json").write_text('{"format": "nemo_qwen_hidden.unfinished", "version": 7}')
     (found,) = verify(store).findings
-    assert (found.file, found.what[:20]) == ("unfinished.json", "version must be 1, w")
+    assert (found.file, found.what[:20]) == ("unfinished.json", "version must be 1 or")

@@ -66,7 +66,10 @@ def test_normed_is_refused_where_it_would_be_wrong(crafted: Crafted, tmp_path: P
     with pytest.raises(StoreError, match=r"must be asked of states as they were stored, but is '.standardized\(\)'"):
         store[POINT].standardized().normed()
     other = open_store(craft(tmp_path / "s", points=[HookPoint("attn_out", 1), POINT], final_norm=False).path)
-    with pytest.raises(StoreError, match=r"must be asked of the residual stream \(embed, resid_post\), but is 'attn"):
+    with pytest.raises(
+        StoreError,
+        match=r"must be asked of the residual stream \(embed, resid_pre, resid_mid, resid_post\), but is 'attn",
+    ):
         other["attn_out@1"].normed()
     with pytest.raises(StoreError, match="needs the weight of the model's final norm, which the store must hold"):
         other[POINT].normed()
@@ -97,7 +100,7 @@ def test_statistics_of_the_whole_store(crafted: Crafted) -> None:
     np.testing.assert_allclose(known.mean, values.mean(dim=0).numpy(), atol=1e-9)
     np.testing.assert_allclose(known.variance, values.var(dim=0, correction=0).numpy(), atol=1e-9)
     assert known.max_abs == values.abs().max()
-    assert known.max_abs_row == int(values.abs().amax(dim=1).argmax())
+    assert known.max_abs_state == int(values.abs().amax(dim=1).argmax())
     assert known.norms.sum() == 34
 
 

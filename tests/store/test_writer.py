@@ -223,7 +223,7 @@ def test_rows_that_are_there_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_row_written_twice_by_one_rank_is_a_fault(tmp_path: Path) -> None:
-    said = "rows of resid_post@3 were written more than once by one rank"
+    said = "states of resid_post@3 were written more than once by one rank"
     with pytest.raises(CoverageError, match=said), writer(tmp_path) as out:
         out.write(POINT, [Run(3, 4)], states(4))
         out.write(POINT, [Run(3, 1)], states(1))
@@ -241,10 +241,15 @@ def test_a_row_written_twice_by_two_ranks_is_seen(tmp_path: Path) -> None:
     ("point", "runs", "values", "message"),
     [
         (HookPoint("embed"), [Run(0, 12)], states(), "embed is not one of the hook points"),
-        (POINT, [Run(0, 11)], states(), r"values of these runs must be \[11, 3\], but are \[12, 3\]"),
-        (POINT, [Run(0, 12)], states(12, 4), r"must be \[12, 3\], but are \[12, 4\]"),
-        (POINT, [Run(1, 12)], states(), r"rows 1 \+ 12 do not lie within 12 rows"),
-        (POINT, [Run(-1, 12)], states(), r"rows -1 \+ 12 do not lie within 12 rows"),
+        (
+            POINT,
+            [Run(0, 11)],
+            states(),
+            r"values of resid_post@3 must be \[11, 3\], as its entry and these runs say, but are \[12, 3\]",
+        ),
+        (POINT, [Run(0, 12)], states(12, 4), r"must be \[12, 3\], .* but are \[12, 4\]"),
+        (POINT, [Run(1, 12)], states(), r"states 1 \+ 12 do not lie within 12"),
+        (POINT, [Run(-1, 12)], states(), r"states -1 \+ 12 do not lie within 12"),
         (POINT, [Run(0, 13), Run(5, -1)], states(), "do not lie within"),
         (POINT, [Run(0, 12)], states().int(), "must be floats on the CPU, but are torch.int32 on cpu"),
         (POINT, [Run(0, 12)], states().to("meta"), "must be floats on the CPU, but are torch.float32 on meta"),

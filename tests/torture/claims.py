@@ -60,7 +60,7 @@ def check_claims(store: Path, reference: Path, *, same: bool, cut: bool, replaci
             _compare_rows(path, reference / entry.file, shard, target, RowSet([(entry.first_row, entry.rows)]), False)
     rows = 0
     for shard in target.missing():
-        inside = target.grid.rows_of(shard[1])
+        inside = target.grid.states_of(shard[1])
         claimed = record.rows.get(shard[0], RowSet()) & RowSet([(inside.start, len(inside))])
         rows += len(claimed)
         if shard in record.sealed or not len(claimed):
@@ -111,7 +111,7 @@ def _compare_rows(path: Path, reference: Path, shard: Any, target: Manifest, row
 
 
 def _widths(header: Header, shard: Any, target: Manifest) -> list[tuple[str, int]]:
-    widths = [(str(shard[0]), target.hidden_size * target.dtype.bytes)]
+    widths = [(str(shard[0]), target.entry(shard[0]).width * target.dtype.bytes)]
     return [*widths, *((name, 4) for name in (SCALE, DIVISOR) if name in header.offsets)]
 
 

@@ -58,7 +58,9 @@ def adding(path: Path) -> None:
             assert finished is not None
             if ADDED in finished.points:
                 return
-            entry = HookPointEntry.of(ADDED, num_layers=LAYERS, shards=finished.grid.shards)
+            entry = HookPointEntry.of(
+                ADDED, num_layers=LAYERS, shards=finished.grid.shards, shape=(finished.hidden_size,)
+            )
             target = replace(finished, hook_points=(*finished.hook_points, entry))
             session.start(path, target, {}, fresh=False)
         else:

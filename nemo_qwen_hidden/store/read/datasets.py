@@ -1,7 +1,8 @@
 """Stores as data sets of torch: rows in a global shuffle, or documents padded to batches.
 
 A data set is a sequence of batches, numbered on over epochs, so that where a training run stands is one number, however
-many workers load. Legend: n rows of a batch, B documents of a batch, S tokens of the longest of them, H hidden.
+many workers load. Of a store that keeps some rows alone, these are the data. Legend: n rows of a batch, B documents of
+a batch, S kept rows of the one that has most, H numbers of a state.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_qwen_hidden.errors import StoreError
@@ -79,7 +81,7 @@ class RowBatches(_Batches):
         remainder: str = "keep",
         columns: Iterable[str] = COLUMNS,
     ) -> None:
-        deal = Deal(count=store.rows, size=batch_rows, seed=seed, rank=rank, world=world, remainder=remainder)
+        deal = Deal(count=store.states, size=batch_rows, seed=seed, rank=rank, world=world, remainder=remainder)
         super().__init__(store, hook_points, deal)
         self._columns = tuple(columns)
         for column in self._columns:
@@ -88,8 +90,9 @@ class RowBatches(_Batches):
 
     def __getitem__(self, index: int) -> Batch:
         """Batch ``index``; IndexError where it is negative, or the store has no rows."""
-        rows = self._deal.members(index)
-        batch = self._store.read(rows, self._views.values())
+        states = self._deal.members(index)
+        rows = self._store.row_of_states(states)
+        batch = self._store.read(states, self._views.values())
         for column in self._columns:
             numbers = rows if column == "row" else getattr(self._store.tokens, column)[rows]
             batch[column] = torch.from_numpy(np.asarray(numbers, np.int64))
@@ -100,8 +103,8 @@ class DocumentBatches(_Batches):
     """Batches of whole documents, each once an epoch, padded behind to the longest of the batch.
 
     A batch has, by the name of each hook point, its states [B, S, H], 0 in the padding, and beside them ``token_id``
-    int64 [B, S], ``attention_mask`` bool [B, S], True where there is a token, ``length`` int64 [B] and ``document``
-    int64 [B].
+    int64 [B, S], ``row`` and ``position`` int64 [B, S], -1 in the padding, ``attention_mask`` bool [B, S], True where
+    there is a state, ``length`` int64 [B], the number of kept rows, and ``document`` int64 [B].
 
     Args:
         batch_documents: B, but for a last batch that may be shorter.
@@ -130,18 +133,20 @@ class DocumentBatches(_Batches):
     def __getitem__(self, index: int) -> Batch:
         """Batch ``index``; IndexError where it is negative, or the store has no documents."""
         documents = self._deal.members(index)
-        ranges = [self._store.tokens.document_rows(int(document)) for document in documents]
-        rows = np.concatenate([np.arange(found.start, found.stop) for found in ranges])
+        tokens = self._store.tokens
+        ranges = [tokens.document_states(int(document)) for document in documents]
+        states = np.concatenate([np.arange(found.start, found.stop) for found in ranges])
+        rows = self._store.row_of_states(states)
         length = torch.tensor([len(found) for found in ranges])
         mask_BS = torch.arange(int(length.max())) < length[:, None]
-        token_id_BS = torch.full(mask_BS.shape, self._pad_id)
-        token_id_BS[mask_BS] = torch.from_numpy(np.asarray(self._store.tokens.token_id[rows], np.int64))
         batch = {
             name: _padded(values_nH, mask_BS)
-            for name, values_nH in self._store.read(rows, self._views.values()).items()
+            for name, values_nH in self._store.read(states, self._views.values()).items()
         }
         return batch | {
-            "token_id": token_id_BS,
+            "token_id": _padded_numbers(tokens.token_id[rows], mask_BS, self._pad_id),
+            "row": _padded_numbers(rows, mask_BS, -1),
+            "position": _padded_numbers(tokens.position[rows], mask_BS, -1),
             "attention_mask": mask_BS,
             "length": length,
             "document": torch.from_numpy(documents),
@@ -152,6 +157,12 @@ def _padded(values_nH: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
     padded_BSH = values_nH.new_zeros((*mask_BS.shape, values_nH.shape[1]))
     padded_BSH[mask_BS] = values_nH
     return padded_BSH
+
+
+def _padded_numbers(numbers: NDArray[Any], mask_BS: torch.Tensor, padding: int) -> torch.Tensor:
+    padded_BS = torch.full(mask_BS.shape, padding)
+    padded_BS[mask_BS] = torch.from_numpy(np.asarray(numbers, np.int64))
+    return padded_BS
 
 
 class BatchLoader:

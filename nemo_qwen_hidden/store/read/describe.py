@@ -12,8 +12,8 @@ class HookPointLine:
     """One line of the table of hook points. The fields are ``--json``'s names.
 
     bytes: of all its shards. nan, inf: numbers of values. max_abs, min_norm, max_norm: of the values, and of the L2
-    norms of rows, over the rows that the statistics count. error_rms, error_max: of the relative error by row that the
-    stored dtype cost, None where it holds every value as it was.
+    norms of states, over those that the statistics count. error_rms, error_max: of the relative error by state that the
+    stored dtype cost, None where it holds every value as it was. shape: of one state. heads: see ``HookPointEntry``.
     """
 
     name: str
@@ -21,6 +21,8 @@ class HookPointLine:
     huggingface_index: int | None
     norm: str
     meaning: str
+    shape: tuple[int, ...]
+    heads: tuple[int, ...] | None
     shards: int
     bytes: int
     nan: int
@@ -43,6 +45,8 @@ def as_dict(store: Store) -> dict[str, Any]:
     return {
         "path": str(store.path),
         "rows": store.rows,
+        "states": store.states,
+        "pooling": manifest.pooling,
         "documents": store.documents,
         "hidden_size": store.hidden_size,
         "shards": manifest.grid.shards,
@@ -51,7 +55,14 @@ def as_dict(store: Store) -> dict[str, Any]:
         "final_norm": manifest.final_norm is not None,
         "hook_points": [asdict(line) for line in hook_point_lines(store)],
         "parts": [
-            {"rows": part.rows, "documents": part.documents, "shard_rows": part.shard_rows, "data": dict(part.data)}
+            {
+                "rows": part.rows,
+                "states": part.states,
+                "documents": part.documents,
+                "shard_rows": part.shard_rows,
+                "selection": part.selection and dict(part.selection),
+                "data": dict(part.data),
+            }
             for part in manifest.parts
         ],
         "model": dict(manifest.model),
@@ -74,6 +85,8 @@ def _line(store: Store, entry: HookPointEntry) -> HookPointLine:
         huggingface_index=entry.huggingface_index,
         norm=entry.norm,
         meaning=entry.meaning,
+        shape=entry.shape,
+        heads=entry.heads,
         shards=len(entry.shards),
         bytes=sum(shard.bytes for shard in entry.present),
         nan=sum(shard.statistics.nan for shard in entry.present),

@@ -1,7 +1,7 @@
-"""Rows out of shards on this machine. All maps lie in one region of addresses, so that rows of any number of shards are
-gathered by one call, which copies each row once.
+"""States out of shards on this machine. All maps lie in one region of addresses, so that states of any number of shards
+are gathered by one call, which copies each once.
 
-Legend: n rows asked for, H hidden.
+Legend: n states asked for, H numbers in each.
 """
 
 import threading
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.maps import map_tensors
 from nemo_qwen_hidden.store.read.slots import Slots
-from nemo_qwen_hidden.store.read.stored import Locator, StoredRows, check_shard
+from nemo_qwen_hidden.store.read.stored import Locator, StoredStates, check_shard
 from nemo_qwen_hidden.store.shard import MOMENTS, NORMS
 from nemo_qwen_hidden.store.statistics import Sums
 
@@ -30,27 +30,26 @@ class MappedShards:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._hidden_size, self._dtype = manifest.hidden_size, manifest.dtype
-        self._row_bytes = manifest.hidden_size * manifest.dtype.bytes
+        self._dtype, self._widths = manifest.dtype, [entry.width for entry in manifest.hook_points]
         self._locator = Locator(manifest)
         self._slots: Slots | None = None
         self._making = threading.Lock()
 
-    def consecutive(self, points: Sequence[int], first_row: int, count: int) -> list[StoredRows]:
-        pieces = list(self._manifest.grid.pieces(first_row, count))
-        for point in points if pieces else ():  # before memory is taken for rows that a store may only claim to have
+    def consecutive(self, points: Sequence[int], first_state: int, count: int) -> list[StoredStates]:
+        pieces = list(self._manifest.grid.pieces(first_state, count))
+        for point in points if pieces else ():  # before memory is taken for states that a store may only claim to have
             self._opened.present(point, np.array([pieces[0][0]]))
-        found = [StoredRows.empty(count, self._hidden_size, self._dtype) for _ in points]
-        for shard, row, size in pieces:
-            start, inside = row - first_row, row - self._manifest.grid.starts[shard]
+        found = [StoredStates.empty(count, self._widths[point], self._dtype) for point in points]
+        for shard, state, size in pieces:
+            start, inside = state - first_state, state - self._manifest.grid.starts[shard]
             for point, out in zip(points, found, strict=True):
                 self._copy(point, shard, inside, out[slice(start, start + size)])
         return found
 
-    def scattered(self, points: Sequence[int], rows: NDArray[np.int64]) -> list[StoredRows]:
-        if not len(rows):
+    def scattered(self, points: Sequence[int], states: NDArray[np.int64]) -> list[StoredStates]:
+        if not len(states):
             return self.consecutive(points, 0, 0)
-        shards, inside = self._locator.find(rows)
+        shards, inside = self._locator.find(states)
         return [self._gather(point, shards, inside) for point in points]
 
     def sums(self, point: int) -> Iterator[Sums]:
@@ -66,12 +65,12 @@ class MappedShards:
                 self._slots = self._slots or Slots(self._folder, self._manifest)
         return self._slots
 
-    def _copy(self, point: int, shard: int, inside: int, out: StoredRows) -> None:
-        """Consecutive rows of one shard, the first of which is its row ``inside``."""
+    def _copy(self, point: int, shard: int, inside: int, out: StoredStates) -> None:
+        """Consecutive states of one shard, the first of which is its state ``inside``."""
         slots = self._opened
         with slots.holding():
             (slot,) = slots.present(point, np.array([shard]))
-            start, size = int(slots.values[slot]) + inside * self._row_bytes, out.values.nbytes
+            start, size = int(slots.values[slot]) + inside * self._bytes_of(point), out.values.nbytes
             slots.ahead.consecutive(start, size)
             stored, values = slots.region.bytes[start : start + size], out.values.view(torch.uint8).view(-1)
             if size < THREADED_BYTES:
@@ -82,8 +81,8 @@ class MappedShards:
                 start, size = int(slots.scales[slot]) + inside * _SCALE_BYTES, out.scale.nbytes
                 out.scale.numpy().view(np.uint8)[:] = slots.region.bytes[start : start + size]
 
-    def _gather(self, point: int, shards: NDArray[np.int64], inside: NDArray[np.int64]) -> StoredRows:
-        """Rows by shard and place in it, both [n]."""
+    def _gather(self, point: int, shards: NDArray[np.int64], inside: NDArray[np.int64]) -> StoredStates:
+        """States by shard and place in it, both [n]."""
         slots = self._opened
         with slots.holding():
             held = slots.of_shard[point][shards]
@@ -93,38 +92,42 @@ class MappedShards:
                     return self._gather_by_halves(point, shards, inside, middle=distinct[len(distinct) // 2])
                 held = slots.present(point, distinct)[np.searchsorted(distinct, shards)]
             slots.use(held)
-            starts = slots.values[held] + inside * self._row_bytes
-            slots.ahead.scattered(starts, self._row_bytes)
+            starts = slots.values[held] + inside * self._bytes_of(point)
+            slots.ahead.scattered(starts, self._bytes_of(point))
             scale = None
             if self._dtype.scaled:
                 starts_4 = slots.scales[held] + inside * _SCALE_BYTES
                 scale = _windows(slots.region.bytes, _SCALE_BYTES)[starts_4].reshape(-1).view("<f4")
-            return StoredRows.of(self._rows_at(starts), scale, self._dtype)
+            return StoredStates.of(self._states_at(starts, self._widths[point]), scale, self._dtype)
 
-    def _rows_at(self, starts: NDArray[np.int64]) -> NDArray[Any]:
+    def _bytes_of(self, point: int) -> int:
+        """Of one state."""
+        return self._widths[point] * self._dtype.bytes
+
+    def _states_at(self, starts: NDArray[np.int64], width: int) -> NDArray[Any]:
         """[n, H], from the bytes of the region at which they start, multiples of what an item has."""
         items = self._opened.region.bytes.view(self._dtype.container)
-        rows_H, places = _windows(items, self._hidden_size), starts // items.itemsize
-        if len(starts) * self._row_bytes < THREADED_BYTES:
-            found: NDArray[Any] = rows_H[places]
+        states_H, places = _windows(items, width), starts // items.itemsize
+        if len(starts) * width * items.itemsize < THREADED_BYTES:
+            found: NDArray[Any] = states_H[places]
             return found
-        found = np.empty((len(starts), self._hidden_size), items.dtype)
-        torch.index_select(torch.from_numpy(rows_H), 0, torch.from_numpy(places), out=torch.from_numpy(found))
+        found = np.empty((len(starts), width), items.dtype)
+        torch.index_select(torch.from_numpy(states_H), 0, torch.from_numpy(places), out=torch.from_numpy(found))
         return found
 
     def _gather_by_halves(
         self, point: int, shards: NDArray[np.int64], inside: NDArray[np.int64], *, middle: int
-    ) -> StoredRows:
+    ) -> StoredStates:
         """Of more shards than there are slots."""
         halves = [np.flatnonzero(half) for half in (shards < middle, shards >= middle)]
         found = [self._gather(point, shards[places], inside[places]) for places in halves]
-        out = StoredRows.empty(len(shards), self._hidden_size, self._dtype)
-        for places, rows in zip(halves, found, strict=True):
-            out.put(torch.from_numpy(places), rows)
+        out = StoredStates.empty(len(shards), self._widths[point], self._dtype)
+        for places, states in zip(halves, found, strict=True):
+            out.put(torch.from_numpy(places), states)
         return out
 
 
 def _windows(items: NDArray[Any], size: int) -> NDArray[Any]:
-    """[places, size], the items from each place on: they overlap, so that one number says where a row is, in whichever
-    shard."""
+    """[places, size], the items from each place on: they overlap, so that one number says where a state is, in
+    whichever shard."""
     return as_strided(items, (len(items) - size + 1, size), (items.itemsize, items.itemsize))

@@ -1,6 +1,7 @@
-"""Reads a store: opens without touching a shard, opens shards when their rows are asked for, copies only those rows.
+"""Reads a store: opens without touching a shard, opens shards when states in them are asked for, copies only those.
 
-Needs neither NeMo nor Megatron. Legend: N rows of the store, n rows asked for, H hidden.
+Needs neither NeMo nor Megatron. Legend: N rows of the store, K of them with a state, n states asked for, H numbers in
+each.
 """
 
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
 from nemo_qwen_hidden.store.read.mapped import MappedShards
-from nemo_qwen_hidden.store.read.rows import Rows, resolve
+from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Folder, Source
 from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
 from nemo_qwen_hidden.store.read.tokens import TokenTable
@@ -105,8 +106,13 @@ class Store:
         return self.tokens.documents
 
     @property
+    def states(self) -> int:
+        """K, the number of tokens whose states are stored: N, unless the store keeps some rows alone."""
+        return self.tokens.states
+
+    @property
     def hidden_size(self) -> int:
-        """H."""
+        """Of the model: the size of the residual stream."""
         return self.manifest.hidden_size
 
     @property
@@ -115,26 +121,46 @@ class Store:
         return read_dtype(self.manifest.dtype)
 
     def __getitem__(self, hook_point: str | HookPoint) -> HookPointView:
-        """The states at one hook point, [N, H], not read yet; UnknownHookPointError where the store lacks it."""
+        """The states at one hook point, [K, H], not read yet; UnknownHookPointError where the store lacks it."""
         return HookPointView(self, self.manifest.hook_points[self._number(hook_point)])
 
     def __contains__(self, hook_point: object) -> bool:
         return str(hook_point) in self._numbers
 
+    @overload
+    def row_of_states(self, states: int) -> int: ...
+    @overload
+    def row_of_states(self, states: Several) -> NDArray[np.int64]: ...
+    def row_of_states(self, states: Rows) -> int | NDArray[np.int64]:
+        """The rows of some states: int64 [n], or an int for one. In a full store these numbers themselves."""
+        return self.tokens.row_of_states(states)
+
+    @overload
+    def state_of_rows(self, rows: int) -> int: ...
+    @overload
+    def state_of_rows(self, rows: Several) -> NDArray[np.int64]: ...
+    def state_of_rows(self, rows: Rows) -> int | NDArray[np.int64]:
+        """The states of some rows: int64 [n], or an int for one. In a full store these numbers themselves.
+
+        Raises:
+            RowNotKeptError: the store does not keep the state of one of them.
+        """
+        return self.tokens.state_of_rows(rows)
+
     def read(
-        self, rows: Rows, hook_points: Iterable[str | HookPoint | HookPointView] | None = None
+        self, states: Rows, hook_points: Iterable[str | HookPoint | HookPointView] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The same rows at several hook points, at all of them by default: [n, H] of each by name, [H] for an int.
+        """The same states at several hook points, at all of them by default: [n, H] of each by name, [H] for an int.
 
         Args:
-            rows: everything that a view takes. hook_points: names, or views of this store, whose values are given.
+            states: everything that a view takes. hook_points: names, or views of this store, whose values are given.
 
         Raises:
             UnknownHookPointError: the store lacks one. ValueError: a hook point is given twice, or is another store's.
             What indexing a view raises.
         """
         views = self.views(hook_points)
-        return dict(zip(views, self.read_views(rows, list(views.values())), strict=True))
+        return dict(zip(views, self.read_views(states, list(views.values())), strict=True))
 
     def views(self, hook_points: Iterable[str | HookPoint | HookPointView] | None = None) -> dict[str, HookPointView]:
         """Views by the name of their hook point, of all by default; raises as ``read`` does."""
@@ -147,9 +173,9 @@ class Store:
             raise ValueError(f"a view of another store cannot be read from {self.path}")
         return named
 
-    def read_views(self, rows: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
-        """The same rows of several views, each [n, H], or [H] for an int."""
-        chosen = resolve(rows, self.rows)
+    def read_views(self, states: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
+        """The same states of several views, each [n, H], or [H] for an int."""
+        chosen = self._chosen(states)
         numbers = [self._numbers[str(view.hook_point)] for view in views]
         if isinstance(chosen, int):
             found = self._shards.consecutive(numbers, chosen, 1)
@@ -160,8 +186,8 @@ class Store:
         values = [view.finish(stored.decoded(), chosen) for view, stored in zip(views, found, strict=True)]
         return [value[0] for value in values] if isinstance(chosen, int) else values
 
-    def divisor(self, hook_point: str | HookPoint, rows: Rows) -> torch.Tensor:
-        """fp32 [n], or a scalar for an int: what the final norm divided each of these rows by: sqrt(mean(x**2) + eps)
+    def divisor(self, hook_point: str | HookPoint, states: Rows) -> torch.Tensor:
+        """fp32 [n], or a scalar for an int: what the final norm divided each of these states by: sqrt(mean(x**2) + eps)
         of the state x before it.
 
         Raises:
@@ -171,7 +197,7 @@ class Store:
         entry = self.manifest.hook_points[number]
         if not entry.divisor:
             raise StoreError(f"{entry.point}: divisor", "must have been stored beside the states", entry.meaning)
-        chosen = resolve(rows, self.rows)
+        chosen = self._chosen(states)
         places = np.atleast_1d(np.asarray(chosen, np.int64))
         shards = np.searchsorted(np.asarray(self.manifest.grid.starts), places, side="right") - 1
         found = np.empty(len(places), np.float32)
@@ -186,8 +212,8 @@ class Store:
     def document(self, index: int) -> "StoredDocument":
         """Document number ``index``; IndexError where there is none."""
         info = self.tokens.document_info(index)
-        rows = self.tokens.document_rows(index)
-        return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, store=self)
+        rows, states = self.tokens.document_rows(index), self.tokens.document_states(index)
+        return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, states=states, store=self)
 
     def statistics(self, hook_point: str | HookPoint) -> Statistics:
         """Of the stored values of one hook point; the first call reads arrays beside the values of every shard.
@@ -200,7 +226,7 @@ class Store:
             listed = self.manifest.hook_points[number].present
             known = zip(listed, self._shards.sums(number), strict=True)
             shards = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
-            self._statistics[number] = merge(shards, self.hidden_size)
+            self._statistics[number] = merge(shards, self.manifest.hook_points[number].width)
         return self._statistics[number]
 
     @cached_property
@@ -232,6 +258,9 @@ class Store:
             raise StoreError(f"{file}: {EPSILON}", "must be a number from 0 to 1", text)
         return torch.from_numpy(np.array(tensors[WEIGHT])), eps
 
+    def _chosen(self, states: Rows) -> int | range | NDArray[np.int64]:
+        return resolve(states, self.states, "row" if self.tokens.full else "state")
+
     def _number(self, hook_point: str | HookPoint) -> int:
         number = self._numbers.get(str(hook_point))
         if number is None:
@@ -246,35 +275,51 @@ class Store:
 
     def __repr__(self) -> str:
         points = f"{len(self._numbers)} hook points" if len(self._numbers) != 1 else self.hook_points[0]
-        size = f"{self.rows} rows x {self.hidden_size}, {self.manifest.stored_dtype}, {self.documents} documents"
+        kept = "" if self.tokens.full else f"{self.states} of "
+        size = f"{kept}{self.rows} rows x {self._sizes}, {self.manifest.stored_dtype}, {self.documents} documents"
         return f"Store({str(self.path)!r}: {points} x {size})"
+
+    @property
+    def _sizes(self) -> str:
+        """Of a state, at the hook points."""
+        sizes = {" x ".join(map(str, entry.shape)) for entry in self.manifest.hook_points}
+        return sizes.pop() if len(sizes) == 1 else "several sizes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDocument:
-    """One document of a store. rows: its rows. ``document["resid_post@3"]`` gives its states, [tokens, H]."""
+    """One document of a store. rows: its rows. states: those of its kept rows, which in a full store are its rows.
+    ``document["resid_post@3"]`` gives them, [kept tokens, H]."""
 
     index: int
     id: str
     source: str
     rows: range
+    states: range
     store: Store
 
     @property
+    def position(self) -> NDArray[np.int64]:
+        """[kept tokens], the place in the document of each token that has a state."""
+        return self.store.row_of_states(self.states) - self.rows.start
+
+    @property
     def token_id(self) -> NDArray[np.int32]:
-        """[tokens]"""
+        """[tokens], of all of its tokens."""
         found: NDArray[np.int32] = self.store.tokens.token_id[self.rows.start : self.rows.stop]
         return found
 
     def __len__(self) -> int:
+        """The number of its tokens."""
         return len(self.rows)
 
     def __getitem__(self, hook_point: str | HookPoint) -> torch.Tensor:
-        """[tokens, H]; UnknownHookPointError where the store lacks the hook point."""
-        return self.store[hook_point][self.rows]
+        """[kept tokens, H]; UnknownHookPointError where the store lacks the hook point."""
+        return self.store[hook_point][self.states]
 
     def __repr__(self) -> str:
         rows = f"rows {self.rows.start} to {self.rows.stop - 1}" if self.rows else "no rows"
+        rows += "" if self.store.tokens.full else f" ({len(self.states)} kept)"
         return f"StoredDocument({self.index}: {self.id!r}, {rows}, from {self.source!r})"
 
 
@@ -282,7 +327,7 @@ def _manifest(source: Source) -> Manifest:
     if not source.exists(MANIFEST):
         raise StoreNotFoundError("store", _missing(source), source.location)
     manifest = Manifest.from_json(source.read(MANIFEST), source.name(MANIFEST))
-    size = manifest.rows * manifest.hidden_size * manifest.dtype.bytes
+    size = manifest.states * max(entry.width for entry in manifest.hook_points) * manifest.dtype.bytes
     if size >= _MOST_BYTES:
         raise StoreError(source.name(MANIFEST), f"must claim less than {_MOST_BYTES} bytes a hook point", size)
     return manifest

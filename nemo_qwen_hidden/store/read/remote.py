@@ -1,6 +1,6 @@
-"""Stores on other file systems, through fsspec: the bytes of the rows asked for, in few requests, many at a time.
+"""Stores on other file systems, through fsspec: the bytes of the states asked for, in few requests, many at a time.
 
-Legend: n rows asked for, H hidden.
+Legend: n states asked for, H numbers in each.
 """
 
 import os
@@ -23,11 +23,11 @@ from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.maps import NUMPY_DTYPES, view_of
 from nemo_qwen_hidden.store.read.rows import Rows, resolve
 from nemo_qwen_hidden.store.read.source import Column, Folder, check_small
-from nemo_qwen_hidden.store.read.stored import Locator, StoredRows, check_shard
+from nemo_qwen_hidden.store.read.stored import Locator, StoredStates, check_shard
 from nemo_qwen_hidden.store.shard import MOMENTS, NORMS, SCALE
 from nemo_qwen_hidden.store.statistics import Sums
 
-GAP_BYTES = 1 << 14  # between rows that one request gets
+GAP_BYTES = 1 << 14  # between states that one request gets
 REQUEST_BYTES = 1 << 23  # at most
 AT_ONCE_BYTES = 1 << 26  # of requests that are under way together
 _HEAD_BYTES = 1 << 11  # holds the header of every file that this package writes
@@ -159,39 +159,45 @@ class RemoteColumn:
 
 
 class RemoteShards:
-    """A ``ShardReader`` on another file system; of a shard it gets the header once, then rows."""
+    """A ``ShardReader`` on another file system; of a shard it gets the header once, then states."""
 
     def __init__(self, folder: RemoteFolder, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._locator = Locator(manifest)
+        self._locator, self._widths = Locator(manifest), [entry.width for entry in manifest.hook_points]
         shape = (len(manifest.hook_points), manifest.grid.shards)
         self._values, self._scales = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
 
-    def consecutive(self, points: Sequence[int], first_row: int, count: int) -> list[StoredRows]:
-        if count:  # before memory is taken for rows that a store may only claim to have
-            self._open(points, np.array([self._manifest.grid.shard_of(first_row)]))
-        return self.scattered(points, np.arange(first_row, first_row + count))
+    def consecutive(self, points: Sequence[int], first_state: int, count: int) -> list[StoredStates]:
+        if count:  # before memory is taken for states that a store may only claim to have
+            self._open(points, np.array([self._manifest.grid.shard_of(first_state)]))
+        return self.scattered(points, np.arange(first_state, first_state + count))
 
-    def scattered(self, points: Sequence[int], rows: NDArray[np.int64]) -> list[StoredRows]:
-        if not points:
-            return []
-        shards, inside = self._locator.find(rows)
+    def scattered(self, points: Sequence[int], states: NDArray[np.int64]) -> list[StoredStates]:
+        found: dict[int, StoredStates] = {}
+        for width in dict.fromkeys(self._widths[point] for point in points):
+            alike = [point for point in points if self._widths[point] == width]
+            found |= zip(alike, self._of_width(alike, states, width), strict=True)
+        return [found[point] for point in points]
+
+    def _of_width(self, points: Sequence[int], states: NDArray[np.int64], width: int) -> list[StoredStates]:
+        """At hook points whose states have as many numbers, so that one call gets all of them."""
+        shards, inside = self._locator.find(states)
         distinct, place = np.unique(shards, return_inverse=True)
         self._open(points, distinct)
         entries = [self._manifest.hook_points[point] for point in points]
         files = [_file(entry.shards[shard]) for entry in entries for shard in distinct.tolist()]
         of_file = np.concatenate([place + number * len(distinct) for number in range(len(points))])
-        dtype, row_bytes = self._manifest.dtype, self._manifest.hidden_size * self._manifest.dtype.bytes
+        dtype = self._manifest.dtype
 
         def parts(first: NDArray[np.int64], size: int, kind: np.dtype[Any]) -> list[NDArray[Any]]:
-            """What each row has at ``first`` of its shard, [hook points, shards]: of each hook point."""
+            """What each state has at ``first`` of its shard, [hook points, shards]: of each hook point."""
             starts = np.concatenate([first[point, shards] + inside * size for point in points])
             return np.split(fetch(self._folder, files, of_file, starts, size).view(kind), len(points))
 
-        values = parts(self._values, row_bytes, dtype.container)
+        values = parts(self._values, width * dtype.bytes, dtype.container)
         scales = parts(self._scales, _SCALE_BYTES, np.dtype("<f4")) if dtype.scaled else [None] * len(points)
         return [
-            StoredRows.of(bits, None if scale is None else scale[:, 0], dtype)
+            StoredStates.of(bits, None if scale is None else scale[:, 0], dtype)
             for bits, scale in zip(values, scales, strict=True)
         ]
 

@@ -41,8 +41,9 @@ class Slots:
         self._folder, self._manifest = folder, manifest
         entries = manifest.hook_points
         largest = max(shard.bytes for entry in entries for shard in entry.present)
-        if largest < manifest.hidden_size * manifest.dtype.bytes:
-            raise StoreError(str(folder), f"must have shards that hold rows of {manifest.hidden_size} values", largest)
+        widest = max(entry.width for entry in entries)
+        if largest < widest * manifest.dtype.bytes:
+            raise StoreError(str(folder), f"must have shards that hold states of {widest} values", largest)
         self._alignment = _HUGE_PAGE_BYTES if largest >= _HUGE_PAGE_BYTES else mmap.PAGESIZE
         self._slot_bytes = -(-largest // self._alignment) * self._alignment
         shards = manifest.grid.shards * len(entries)

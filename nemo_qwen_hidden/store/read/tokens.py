@@ -1,11 +1,16 @@
-"""The token tables: for each row its token, document and position; for each document its id, source and rows."""
+"""The token tables: for each row its token, document and position; for each document its id, source and rows; and which
+rows have states.
+
+A row is a token by its number. A state is what is stored of a row, by its number in the arrays of the hook points:
+states are those of the kept rows, in order. In a full store, where every row is kept, both numbers are the same.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +19,16 @@ from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.read.columns import JoinedColumn
+from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Column, Folder, Source
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT
 
 _SCAN_BYTES = 1 << 22
 _INT32: np.dtype[Any] = np.dtype(np.int32)
+
+
+class RowNotKeptError(StoreError, IndexError):
+    """The store holds no state of this row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class DocumentInfo:
 
 class PartTokens:
     """Reads the token table of one part, finished or not the store around it; columns are memory maps where the store
-    is a folder. Rows and documents are counted from 0 in the part.
+    is a folder. Rows, states and documents are counted from 0 in the part.
 
     Args:
         source: the store's files, or its folder.
@@ -80,6 +90,43 @@ class PartTokens:
     def document_first_row(self) -> NDArray[np.int64]:
         """[D + 1 documents], the first row of each; the last entry is N."""
         return np.asarray(self._columns[FIRST_ROW])
+
+    @cached_property
+    def kept(self) -> NDArray[np.int64] | None:
+        """[K states], the row of each, in ascending order; None where every row has a state."""
+        return np.asarray(self._columns[KEPT]) if KEPT in self._columns else None
+
+    @property
+    def row_of_state(self) -> Column:
+        """int64 [K states], the row of each; of a part whose rows are not all kept."""
+        return self._columns[KEPT]
+
+    @property
+    def states(self) -> int:
+        """K, or N where every row has a state."""
+        return len(self._columns[KEPT]) if KEPT in self._columns else self.rows
+
+    def states_of(self, first_row: int, length: int) -> range:
+        """The states of the kept ones among some consecutive rows: of all of them where every row is kept."""
+        if self.kept is None:
+            return range(first_row, first_row + length)
+        start, stop = np.searchsorted(self.kept, (first_row, first_row + length)).tolist()
+        return range(start, stop)
+
+    def kept_rows(self, first_row: int, length: int) -> NDArray[np.int64]:
+        """int64, the kept ones among some consecutive rows.
+
+        Raises:
+            StoreError: they do not ascend there.
+        """
+        states = self.states_of(first_row, length)
+        if self.kept is None:
+            return np.arange(states.start, states.stop)
+        rows = np.array(self.kept[states.start : states.stop])
+        if len(rows) and not (first_row <= rows[0] and rows[-1] < first_row + length and (np.diff(rows) > 0).all()):
+            file = self._source.name(self._file)
+            raise StoreError(f"{file}: {KEPT}", "must ascend", f"not so from {states.start} to {states.stop - 1}")
+        return rows
 
     def lengths(self, start: int, stop: int) -> NDArray[np.int64]:
         """[stop - start documents], the number of tokens of documents ``start`` to ``stop``, cut at D."""
@@ -137,6 +184,8 @@ class PartTokens:
         file = self._source.name(self._file)
         layout = {name: (str(column.dtype), column.ndim) for name, column in self._columns.items()}
         expected: dict[str, Any] = {**{name: ("int32", 1) for name in COLUMNS}, FIRST_ROW: ("int64", 1)}
+        if part.kept is not None:
+            expected[KEPT] = ("int64", 1)
         if layout != expected:
             raise StoreError(file, f"must hold the columns {expected}", layout)
         if any(len(self._columns[name]) != self.rows for name in COLUMNS) or self.documents < 0:
@@ -144,6 +193,8 @@ class PartTokens:
         if (part.rows, part.documents) != (self.rows, self.documents):
             rule = f"must hold {part.rows} rows of {part.documents} documents, as the manifest says"
             raise StoreError(file, rule, (self.rows, self.documents))
+        if self.states != part.states:
+            raise StoreError(f"{file}: {KEPT}", f"must hold {part.states} rows, as the manifest says", self.states)
         if part.tokens.bytes != size_bytes:
             raise StoreError(file, f"must be {part.tokens.bytes} bytes long, as the manifest says", size_bytes)
         ends = (int(self.document_first_row[0]), int(self.document_first_row[-1]))
@@ -152,8 +203,8 @@ class PartTokens:
 
 
 class TokenTable:
-    """The token tables of all parts as one: rows and documents are counted through. A table is opened, and checked,
-    when something of it is asked for.
+    """The token tables of all parts as one: rows, states and documents are counted through. A table is opened, and
+    checked, when something of it is asked for.
 
     Args:
         source: the store's files, or its folder. parts: as the manifest has them.
@@ -166,6 +217,7 @@ class TokenTable:
         self._source, self._parts = _source(source), tuple(parts)
         self._opened: dict[int, PartTokens] = {}
         self._first_rows = [0, *accumulate(part.rows for part in self._parts)]
+        self._first_states = [0, *accumulate(part.states for part in self._parts)]
         self._first_documents = [0, *accumulate(part.documents for part in self._parts)]
 
     @property
@@ -194,6 +246,77 @@ class TokenTable:
         """int32 [N rows], the place of each row in its document, from 0."""
         return self._column("position")
 
+    @property
+    def states(self) -> int:
+        """K, the number of kept rows; N in a full store."""
+        return self._first_states[-1]
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every row has a state, so that its number is the row's."""
+        return all(part.kept is None for part in self._parts)
+
+    def states_of(self, first_row: int, length: int) -> range:
+        """The states of the kept ones among some consecutive rows; in a full store these rows themselves.
+
+        Raises:
+            IndexError: there are no such rows.
+        """
+        if not 0 <= first_row <= first_row + length <= self.rows:
+            raise IndexError(f"rows {first_row} to {first_row + length - 1} do not lie within {self.rows}")
+        if self.full:
+            return range(first_row, first_row + length)
+        return range(self._states_before(first_row), self._states_before(first_row + length))
+
+    def kept_rows(self, first_row: int, length: int) -> NDArray[np.int64]:
+        """int64, the kept ones among some consecutive rows, in order; IndexError where there are no such rows."""
+        return self.row_of_states(self.states_of(first_row, length))
+
+    @overload
+    def row_of_states(self, states: int) -> int: ...
+    @overload
+    def row_of_states(self, states: Several) -> NDArray[np.int64]: ...
+    def row_of_states(self, states: Rows) -> int | NDArray[np.int64]:
+        """The rows of states, given by anything that a view takes: int64 [n], or an int for one; IndexError where
+        there is no such state."""
+        chosen = resolve(states, self.states, "state")
+        if self.full:
+            return chosen if isinstance(chosen, int) else np.asarray(chosen, np.int64)
+        rows: NDArray[np.int64] = self._row_of_state[chosen]
+        if np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < self.rows):
+            rule = f"must hold rows from 0 to {self.rows - 1}"
+            raise StoreError(f"{self._source.location}: {KEPT}", rule, f"{np.min(rows)} to {np.max(rows)}")
+        return int(rows) if isinstance(chosen, int) else rows
+
+    @overload
+    def state_of_rows(self, rows: int) -> int: ...
+    @overload
+    def state_of_rows(self, rows: Several) -> NDArray[np.int64]: ...
+    def state_of_rows(self, rows: Rows) -> int | NDArray[np.int64]:
+        """The states of rows, given by anything that a view takes: int64 [n], or an int for one.
+
+        Raises:
+            IndexError: there is no such row. RowNotKeptError: one has no state; names it.
+        """
+        chosen = resolve(rows, self.rows)
+        if self.full:
+            return chosen if isinstance(chosen, int) else np.asarray(chosen, np.int64)
+        wanted = np.atleast_1d(np.asarray(chosen, np.int64))
+        found = np.empty(len(wanted), np.int64)
+        parts = np.searchsorted(self._first_rows, wanted, side="right") - 1
+        for part in np.unique(parts).tolist():
+            here = parts == part
+            kept, inside = self.part(part).kept, wanted[here] - self._first_rows[part]
+            assert kept is not None, "a manifest has kept rows in all parts or in none"
+            places = np.searchsorted(kept, inside)
+            absent = places == len(kept)
+            absent[~absent] = kept[places[~absent]] != inside[~absent]
+            if absent.any():
+                rule = f"must be one whose state the store keeps ({self.states} of {self.rows} rows)"
+                raise RowNotKeptError("row", rule, int(wanted[here][absent][0]))
+            found[here] = places + self._first_states[part]
+        return int(found[0]) if isinstance(chosen, int) else found
+
     def part(self, index: int) -> PartTokens:
         """The token table of one part."""
         if index not in self._opened:
@@ -215,6 +338,22 @@ class TokenTable:
         """
         part, inside = self._part_of(document)
         return self.part(part).document_info(inside)
+
+    def document_states(self, document: int) -> range:
+        """The states of the kept rows of ``document``; IndexError where there is none of that number."""
+        rows = self.document_rows(document)
+        return self.states_of(rows.start, len(rows))
+
+    @cached_property
+    def _row_of_state(self) -> JoinedColumn:
+        columns = [partial(self._column_of, part, "row_of_state") for part in range(len(self._parts))]
+        return JoinedColumn(columns, self._first_states, added=self._first_rows[:-1], dtype=np.dtype(np.int64))
+
+    def _states_before(self, row: int) -> int:
+        """How many rows before ``row`` are kept."""
+        part = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        inside = row - self._first_rows[part]
+        return self._first_states[part] + (self.part(part).states_of(0, inside).stop if inside else 0)
 
     def _part_of(self, document: int) -> tuple[int, int]:
         """The part of a document, and its number there."""

@@ -1,6 +1,6 @@
 """The states at one hook point, read on demand, and what can be done to them on the way out.
 
-Legend: N rows of the store, n rows asked for, H hidden.
+Legend: K states of the store, n states asked for, H numbers in each: of the residual stream, the hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.hookpoint import EMBED, RESID_POST, HookPoint
+from nemo_qwen_hidden.hookpoint import EMBED, RESID_MID, RESID_POST, RESID_PRE, HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
-from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.manifest import MEANS, Manifest
 from nemo_qwen_hidden.store.read.rows import Rows
 from nemo_qwen_hidden.store.statistics import Statistics, StoredError
 
-RESIDUAL_SITES = (EMBED, RESID_POST)
+RESIDUAL_STREAM = (EMBED, RESID_PRE, RESID_MID, RESID_POST)
 
 
 class ViewedStore(Protocol):
@@ -28,10 +28,7 @@ class ViewedStore(Protocol):
     manifest: Manifest
 
     @property
-    def rows(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
+    def states(self) -> int: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -39,25 +36,29 @@ class ViewedStore(Protocol):
     @property
     def final_norm(self) -> tuple[torch.Tensor, float]: ...
 
-    def read_views(self, rows: Rows, views: "Sequence[HookPointView]") -> list[torch.Tensor]: ...
+    def read_views(self, states: Rows, views: "Sequence[HookPointView]") -> list[torch.Tensor]: ...
 
     def statistics(self, hook_point: HookPoint) -> Statistics: ...
 
-    def divisor(self, hook_point: HookPoint, rows: Rows) -> torch.Tensor: ...
+    def divisor(self, hook_point: HookPoint, states: Rows) -> torch.Tensor: ...
 
 
 class HookPointView:
-    """The states at one hook point, [N, H], read on demand: ``view[rows]`` copies those rows out of their shards.
+    """The states at one hook point, [K, H], read on demand: ``view[states]`` copies those states out of their shards.
 
-    ``rows`` is an int (gives [H]), or a slice, a range, a list, a numpy array or a torch tensor of row numbers, or a
-    boolean mask over all rows (gives [n, H], order and repeats kept). Values have the stored dtype; of int8, where
-    each row has a scale, they are float32.
+    ``states`` is an int (gives [H]), or a slice, a range, a list, a numpy array or a torch tensor of their numbers, or
+    a boolean mask over all (gives [n, H], order and repeats kept). In a full store a state has the number of its row;
+    in one that keeps some rows alone ``store.state_of_rows`` and ``store.row_of_states`` say which is which. Values
+    have the stored dtype; of int8, where each state has a scale, they are float32.
+
+    A state per head, or of attention weights, is flat here: ``view[states].reshape(-1, *view.state_shape)`` gives it
+    its axes.
 
     ``float``, ``to``, ``normed``, ``unnormed`` and ``standardized`` give views of the same states that do so to every
-    row that is read. They read and compute nothing by themselves.
+    one that is read. They read and compute nothing by themselves.
 
     Raises (on indexing):
-        IndexError: a row that is not there. TypeError: another kind of index.
+        IndexError: a state that is not there. TypeError: another kind of index.
         StoreError: a shard is missing or is not what the manifest says; names the file.
     """
 
@@ -81,8 +82,19 @@ class HookPointView:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N, H."""
-        return self._store.rows, self._store.hidden_size
+        """K, H."""
+        return self._store.states, self._entry.width
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The axes of one state, whose product is H: [hidden], [heads, head_dim] of queries and of what attention
+        gives, [groups, head_dim] of keys and values, [heads, keys] of attention weights, [ffn] inside the MLP."""
+        return self._entry.shape
+
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """Of attention weights: which heads the first axis of ``state_shape`` is, None where it is all of them."""
+        return self._entry.heads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,23 +102,24 @@ class HookPointView:
         return self._steps[-1].dtype if self._steps else self._store.dtype
 
     def __len__(self) -> int:
-        return self._store.rows
+        return self._store.states
 
-    def __getitem__(self, rows: Rows) -> torch.Tensor:
+    def __getitem__(self, states: Rows) -> torch.Tensor:
         """[n, H], or [H] for an int: a copy that owns its memory."""
-        return self._store.read_views(rows, [self])[0]
+        return self._store.read_views(states, [self])[0]
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Each row, [H]."""
-        return (self[row] for row in range(len(self)))
+        """Each state, [H]."""
+        return (self[state] for state in range(len(self)))
 
     def __repr__(self) -> str:
-        rows, hidden_size = self.shape
+        what = "rows" if self._store.states == self._store.manifest.rows else "states"
+        size = " x ".join(map(str, self._entry.shape))
         taken = f"{self._store.manifest.stored_dtype}, {self._entry.norm} the final norm"
         steps = "".join(f".{step}" for step in self._steps)
-        return f"HookPointView({self.hook_point}: {rows} rows x {hidden_size}, {taken}){steps}"
+        return f"HookPointView({self.hook_point}: {len(self)} {what} x {size}, {taken}){steps}"
 
-    def numpy(self, rows: Rows) -> NDArray[Any]:
+    def numpy(self, states: Rows) -> NDArray[Any]:
         """What indexing gives, as a numpy array.
 
         Raises:
@@ -114,7 +127,7 @@ class HookPointView:
         """
         if self.dtype == torch.bfloat16:
             raise TypeError(f"numpy has no bfloat16; use .float(), as in store[{str(self.hook_point)!r}].float()")
-        values: NDArray[Any] = self[rows].numpy()
+        values: NDArray[Any] = self[states].numpy()
         return values
 
     def to(self, dtype: torch.dtype) -> "HookPointView":
@@ -132,14 +145,15 @@ class HookPointView:
 
         Raises:
             StoreError: the states are after that norm already, or of a site that is not the residual stream, or
-                standardized, or the store has no weight of the norm.
+                standardized, or means over tokens, or the store has no weight of the norm.
         """
         self._require_as_stored("normed()")
+        self._require_of_tokens("normed()")
         setting = f"{self.hook_point}: normed()"
         if self._entry.norm == "after":
             raise StoreError(setting, "must be asked of states before the model's final norm", self._entry.meaning)
-        if self.hook_point.site not in RESIDUAL_SITES:
-            rule = f"must be asked of the residual stream ({', '.join(RESIDUAL_SITES)})"
+        if self.hook_point.site not in RESIDUAL_STREAM:
+            rule = f"must be asked of the residual stream ({', '.join(RESIDUAL_STREAM)})"
             raise StoreError(setting, rule, self.hook_point.site)
         if self._store.manifest.final_norm is None:
             rule = "needs the weight of the model's final norm, which the store must hold"
@@ -151,10 +165,11 @@ class HookPointView:
         given in float32, so that rounding of the stored dtype shows, and more so where a weight is small.
 
         Raises:
-            StoreError: the states are not those after the final norm, or are standardized, or were stored without the
-                divisor of each row. On indexing: a weight of the norm is 0.
+            StoreError: the states are not those after the final norm, or are standardized, or means over tokens, or
+                were stored without the divisor of each. On indexing: a weight of the norm is 0.
         """
         self._require_as_stored("unnormed()")
+        self._require_of_tokens("unnormed()")
         if not self._entry.divisor or self._store.manifest.final_norm is None:
             rule = "must be asked of states after the model's final norm, stored with the norm's weight and divisors"
             raise StoreError(f"{self.hook_point}: unnormed()", rule, self._entry.meaning)
@@ -176,16 +191,16 @@ class HookPointView:
         return self._store.statistics(self.hook_point)
 
     def error(self) -> StoredError | None:
-        """What storing in this dtype cost, over all rows; None where it holds every value as it was."""
+        """What storing in this dtype cost, over all states; None where it holds every value as it was."""
         known = [shard.error or StoredError(rows=shard.rows, units=0, max=0.0) for shard in self._entry.present]
         if all(shard.error is None for shard in self._entry.present):
             return None
         return sum(known[1:], known[0])
 
-    def finish(self, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """[n, H] of ``rows`` as they were stored, with everything done to them that this view does."""
+    def finish(self, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
+        """[n, H] of ``states`` as they were stored, with everything done to them that this view does."""
         for step in self._steps:
-            values_nH = step.apply(self, values_nH, rows)
+            values_nH = step.apply(self, values_nH, states)
         return values_nH
 
     def _then(self, step: "Step") -> "HookPointView":
@@ -197,15 +212,22 @@ class HookPointView:
             rule = "must be asked of states as they were stored"
             raise StoreError(f"{self.hook_point}: {asked}", rule, f".{done[0]}")
 
+    def _require_of_tokens(self, asked: str) -> None:
+        """A norm of a mean is no mean of norms."""
+        pooling = self._store.manifest.pooling
+        if pooling in MEANS:
+            rule = "must be asked of states of single tokens, since the norm does not go through a mean"
+            raise StoreError(f"{self.hook_point}: {asked}", rule, f"pooling {pooling}")
+
 
 class Step(Protocol):
-    """Something done to rows. dtype: of the result."""
+    """Something done to states. dtype: of the result."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def apply(self, view: HookPointView, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """[n, H] of ``rows`` of ``view``."""
+    def apply(self, view: HookPointView, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
+        """[n, H] of ``states`` of ``view``."""
         ...
 
 
@@ -216,7 +238,7 @@ class _Cast:
     def __str__(self) -> str:
         return f"to({self.dtype})"
 
-    def apply(self, view: HookPointView, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def apply(self, view: HookPointView, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
         return values_nH.to(self.dtype)
 
 
@@ -226,7 +248,7 @@ class _Normed:
     def __str__(self) -> str:
         return "normed()"
 
-    def apply(self, view: HookPointView, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def apply(self, view: HookPointView, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
         weight_H, eps = view.store.final_norm
         return torch.nn.functional.rms_norm(values_nH.float(), weight_H.shape, weight_H, eps)
 
@@ -237,11 +259,11 @@ class _Unnormed:
     def __str__(self) -> str:
         return "unnormed()"
 
-    def apply(self, view: HookPointView, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def apply(self, view: HookPointView, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
         weight_H, _ = view.store.final_norm
         if not weight_H.all():
             raise StoreError(f"{view.hook_point}: unnormed()", "needs a norm without a weight of 0", "one that has")
-        divisor_n = view.store.divisor(view.hook_point, rows).reshape(-1, 1)
+        divisor_n = view.store.divisor(view.hook_point, states).reshape(-1, 1)
         return values_nH.float() / weight_H * divisor_n
 
 
@@ -251,7 +273,7 @@ class _Standardized:
     def __str__(self) -> str:
         return "standardized()"
 
-    def apply(self, view: HookPointView, values_nH: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def apply(self, view: HookPointView, values_nH: torch.Tensor, states: Rows) -> torch.Tensor:
         known = view.statistics()
         variance = known.variance.mean()
         if not variance > 0:

@@ -1,6 +1,6 @@
 """Whether a shard is the one that the manifest lists: its header, and what follows from its values.
 
-Legend: n rows of a block, H hidden.
+Legend: n states of a block, H numbers in each.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def shard_problems(file: CheckedFile, manifest: Manifest, point: int, shard: int
     if not full or wrong:
         yield from wrong
         return
-    values = _Values(file, header, manifest, str(entry.point))
+    values = _Values(file, header, entry, manifest.dtype)
     statistics, sums = values.accumulate()
     digest = digest_problem(file, listed.sha256)
     if digest is not None:  # of which the rest follows
@@ -114,10 +114,10 @@ def _statistics_problems(listed: ShardStatistics, found: ShardStatistics) -> Ite
 class _Values:
     """The values of a shard, block by block."""
 
-    def __init__(self, file: CheckedFile, header: Header, manifest: Manifest, name: str) -> None:
-        self._file, self._dtype, self._hidden_size = file, manifest.dtype, manifest.hidden_size
+    def __init__(self, file: CheckedFile, header: Header, entry: HookPointEntry, dtype: Dtype) -> None:
+        self._file, self._dtype, self._width, name = file, dtype, entry.width, str(entry.point)
         self._start, self._rows = header.offsets[name], header.tensors[name].shape[0]
-        self._row_bytes = self._hidden_size * self._dtype.bytes
+        self._row_bytes = self._width * dtype.bytes
         self._block_rows = max(1, BLOCK_BYTES // self._row_bytes)
         scaled = self._dtype.scaled
         self._scale_n = file.at(header.offsets[SCALE], 4 * self._rows).view("<f4") if scaled else None
@@ -131,7 +131,7 @@ class _Values:
             self.problems.append(f"{SCALE} must be finite and at least 0 in every row")
         if self._divisor_n is not None and not (np.isfinite(self._divisor_n) & (self._divisor_n > 0)).all():
             self.problems.append(f"{DIVISOR} must be finite and above 0 in every row")
-        accumulator, below = Accumulator(self._hidden_size), False
+        accumulator, below = Accumulator(self._width), False
         self._file.pass_over(self._start)
         for row in range(0, self._rows, self._block_rows):
             stored_nH = self._shaped(self._file.take(self._size(row)))
@@ -159,7 +159,7 @@ class _Values:
         return min(self._block_rows, self._rows - row) * self._row_bytes
 
     def _shaped(self, block: NDArray[np.uint8]) -> NDArray[np.generic]:
-        return block.view(self._dtype.container).reshape(-1, self._hidden_size)
+        return block.view(self._dtype.container).reshape(-1, self._width)
 
     def _decoded(self, stored_nH: NDArray[np.generic], row: int) -> NDArray[np.float32]:
         scale = None if self._scale_n is None else self._scale_n[row : row + len(stored_nH)]

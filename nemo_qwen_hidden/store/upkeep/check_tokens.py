@@ -1,6 +1,6 @@
 """Whether the two files of a token table, and that of the final norm, are what the manifest lists and agree.
 
-Legend: N rows and D documents of one part, H hidden.
+Legend: N rows, K of them kept, and D documents of one part, H hidden.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.header import Header, TensorSpec, read_header
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, lines_name, table_name
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, KEPT_BYTES, lines_name, table_name
 from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, CheckedFile, digest_problem
 
 _DOCUMENTS_AT_ONCE = 1 << 16
@@ -53,6 +53,7 @@ class TableCheck:
             yield wrong or digest or ""
         elif full:
             yield from self._column_problems(file, header)
+            yield from self._kept_problems(file, header)
 
     def lines_problems(self, file: CheckedFile, table: CheckedFile | None, *, full: bool) -> Iterator[str]:
         """What is wrong with the lines about documents, in words.
@@ -92,6 +93,22 @@ class TableCheck:
             previous = int(first_row[min(count - 1, _DOCUMENTS_AT_ONCE)])
         if previous != self._part.rows:
             yield f"{FIRST_ROW} must end at {self._part.rows}, but ends at {previous}"
+
+    def _kept_problems(self, file: CheckedFile, header: Header) -> Iterator[str]:
+        """Of the rows whose states are stored, some at a time."""
+        previous = -1
+        for start in range(0, self._part.kept or 0, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, self._part.states - start)
+            rows = np.append(previous, _column(file, header, KEPT, start, count))
+            falls = np.flatnonzero(rows[1:] <= rows[:-1])
+            if len(falls):
+                place = int(falls[0])
+                rule = f"{KEPT} must ascend from 0 to {self._part.rows - 1}"
+                yield f"{rule}, but has {rows[place + 1]} at {start + place}, after {rows[place]}"
+                return
+            previous = int(rows[-1])
+        if previous >= self._part.rows:
+            yield f"{KEPT} must hold rows below {self._part.rows}, but ends with {previous}"
 
     def _row_problem(
         self, file: CheckedFile, header: Header, rows: range, document: int, first_row: NDArray[np.int64]
@@ -208,6 +225,8 @@ def _data_problems(data: Mapping[str, Any], fingerprint: str, windowed: int) -> 
 
 def _table_layout(part: Part) -> dict[str, TensorSpec]:
     layout = {FIRST_ROW: TensorSpec(dtype="I64", shape=(part.documents + 1,))}
+    if part.kept is not None:
+        layout[KEPT] = TensorSpec(dtype="I64", shape=(part.kept,))
     return layout | {name: TensorSpec(dtype="I32", shape=(part.rows,)) for name in COLUMNS}
 
 
@@ -222,7 +241,7 @@ def _layout_problem(header: Header, expected: Mapping[str, TensorSpec]) -> str |
 
 
 def _column(file: CheckedFile, header: Header, name: str, start: int, count: int) -> NDArray[Any]:
-    size = _FIRST_ROW_BYTES if name == FIRST_ROW else _ID_BYTES
+    size = {FIRST_ROW: _FIRST_ROW_BYTES, KEPT: KEPT_BYTES}.get(name, _ID_BYTES)
     return file.at(header.offsets[name] + start * size, count * size).view(f"<i{size}")
 
 

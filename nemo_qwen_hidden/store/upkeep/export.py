@@ -1,6 +1,6 @@
 """A store in the forms of other tools: ``.npy`` arrays, or Parquet. Memory stays the same whatever the size.
 
-Legend: N rows of the store, n rows of a block, H hidden.
+Legend: K states of the store, n states of a block, H numbers in each.
 """
 
 import json
@@ -31,15 +31,15 @@ BLOCK_BYTES = 1 << 25
 FILE_BYTES = 1 << 30
 _TOKEN_BYTES = {"npy": 12, "parquet": 24}
 _NUMPY = {torch.float32: np.dtype("<f4"), torch.float16: np.dtype("<f2")}
-_TOKENS = ("token_id", "document", "position")
+_ROW, _TOKENS = "row", ("token_id", "document", "position")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """files, bytes: of the folder. dtype: of the values in it, as numpy calls it."""
+    """states: whose values are in it. files, bytes: of the folder. dtype: of the values in it, as numpy calls it."""
 
     path: Path
-    rows: int
+    states: int
     files: int
     bytes: int
     dtype: str
@@ -47,32 +47,32 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What is exported, and in which blocks of rows."""
+    """What is exported, and in which blocks of states."""
 
     store: Store
     views: dict[str, HookPointView]
     dtype: np.dtype[Any]
-    block_rows: int
-    file_rows: int
+    block_states: int
+    file_states: int
     done: Callable[[int], None]
 
     def blocks(self, start: int, stop: int) -> Iterator[range]:
-        for row in range(start, stop, self.block_rows):
-            yield range(row, min(row + self.block_rows, stop))
+        for state in range(start, stop, self.block_states):
+            yield range(state, min(state + self.block_states, stop))
 
-    def values(self, name: str, rows: range) -> NDArray[Any]:
+    def values(self, name: str, states: range) -> NDArray[Any]:
         """[n, H]"""
-        values = self.store.read(rows, [self.views[name]])[name]
+        values = self.store.read(states, [self.views[name]])[name]
         if values.dtype not in _NUMPY or _NUMPY[values.dtype] != self.dtype:
             values = values.float()
         found: NDArray[Any] = values.numpy().astype(self.dtype, copy=False)
         self.done(found.nbytes)
         return found
 
-    def tokens(self, name: str, rows: range) -> NDArray[Any]:
-        """[n], a column of the token table."""
-        found: NDArray[Any] = np.asarray(getattr(self.store.tokens, name)[rows.start : rows.stop])
-        return found
+    def tokens(self, name: str, states: range) -> NDArray[Any]:
+        """[n], a column of the token table, of the rows of these states; ``row``: these themselves."""
+        rows = self.store.row_of_states(states)
+        return rows if name == _ROW else np.asarray(getattr(self.store.tokens, name)[rows])
 
 
 def export(
@@ -88,10 +88,11 @@ def export(
 ) -> Exported:
     """Writes the store at ``path`` to a new folder ``out``, which appears when all of it is there.
 
-    ``npy``: an array ``HOOK_POINT.npy`` [N, H] of each hook point; ``token_id.npy``, ``document.npy`` and
-    ``position.npy`` [N]; ``documents.jsonl`` with id, source, first row and rows of each document. ``parquet``: files
-    ``data-00000.parquet`` with the columns ``row``, ``token_id``, ``document``, ``position``, ``document_id`` and one
-    for each hook point, lists of H values. Both: ``export.json``, which says what each hook point is.
+    ``npy``: an array ``HOOK_POINT.npy`` [K, *shape] of each hook point, with the axes of a state; ``token_id.npy``,
+    ``document.npy`` and ``position.npy`` [K], and ``row.npy`` [K] of a store that keeps some rows alone;
+    ``documents.jsonl`` with id, source, first row and rows of each document. ``parquet``: files ``data-00000.parquet``
+    with the columns ``row``, ``token_id``, ``document``, ``position``, ``document_id`` and one for each hook point,
+    lists of H values. Both: ``export.json``, which says what each hook point is.
 
     Values are float16 where the store holds fp16, and float32 else: numpy has no bf16, and int8 is read with its scale.
 
@@ -110,42 +111,44 @@ def export(
     views = store.views(hook_points)
     half = store.dtype == torch.float16 and not float32
     dtype = np.dtype("<f2" if half else "<f4")
-    row_bytes = store.hidden_size * dtype.itemsize
+    widths = [view.shape[1] for view in views.values()]
+    state_bytes = sum(widths) * dtype.itemsize
     if os.path.lexists(folder):
         raise StoreError(OUT, "must not be there yet", str(folder))
-    _check_space(folder, store.rows * (row_bytes * len(views) + _TOKEN_BYTES[to]))
-    total, so_far = store.rows * row_bytes * len(views), 0
+    _check_space(folder, store.states * (state_bytes + _TOKEN_BYTES[to]))
+    total, so_far = store.states * state_bytes, 0
 
     def done(size: int) -> None:
         nonlocal so_far
         so_far += size
         report(so_far, total)
 
-    in_block = row_bytes * (len(views) if to == "parquet" else 1)
+    in_block = state_bytes if to == "parquet" else max(widths, default=1) * dtype.itemsize
     job = _Job(
         store=store,
         views=views,
         dtype=dtype,
-        block_rows=max(1, block_bytes // in_block),
-        file_rows=max(1, file_bytes // (row_bytes * max(1, len(views)))),
+        block_states=max(1, block_bytes // max(1, in_block)),
+        file_states=max(1, file_bytes // max(1, state_bytes)),
         done=done,
     )
     with _appearing(folder) as made:
         files = (_write_npy if to == "npy" else _write_parquet)(job, made)
         _write(made / DESCRIPTION, [json.dumps(_description(job, to, files), indent=2).encode() + b"\n"])
         sizes = [file.stat().st_size for file in made.iterdir()]
-    return Exported(path=folder, rows=store.rows, files=len(sizes), bytes=sum(sizes), dtype=dtype.name)
+    return Exported(path=folder, states=store.states, files=len(sizes), bytes=sum(sizes), dtype=dtype.name)
 
 
 def _write_npy(job: _Job, folder: Path) -> dict[str, list[str]]:
     """The files of each hook point, by its name."""
-    rows, hidden_size = job.store.rows, job.store.hidden_size
-    for name in job.views:
-        blocks = (job.values(name, block) for block in job.blocks(0, rows))
-        _write_array(folder / f"{name}.npy", job.dtype, (rows, hidden_size), blocks)
-    for name in _TOKENS:
-        dtype = np.dtype(getattr(job.store.tokens, name).dtype).newbyteorder("<")
-        _write_array(folder / f"{name}.npy", dtype, (rows,), (job.tokens(name, block) for block in job.blocks(0, rows)))
+    states = job.store.states
+    for name, view in job.views.items():
+        blocks = (job.values(name, block) for block in job.blocks(0, states))
+        _write_array(folder / f"{name}.npy", job.dtype, (states, *view.state_shape), blocks)
+    for name in _TOKENS if job.store.tokens.full else (_ROW, *_TOKENS):
+        dtype = job.tokens(name, range(0)).dtype.newbyteorder("<")
+        blocks = (job.tokens(name, block) for block in job.blocks(0, states))
+        _write_array(folder / f"{name}.npy", dtype, (states,), blocks)
     _write(folder / "documents.jsonl", map(_document_line, map(job.store.document, range(job.store.documents))))
     return {name: [f"{name}.npy"] for name in job.views}
 
@@ -171,7 +174,7 @@ def _write_parquet(job: _Job, folder: Path) -> dict[str, list[str]]:
 
     schema, files = _schema(job), []
     values = [f"{name}.list.element" for name in job.views]
-    starts = range(0, max(1, job.store.rows), job.file_rows)
+    starts = range(0, max(1, job.store.states), job.file_states)
     for number, start in enumerate(starts):
         files.append(f"data-{number:05d}.parquet")
         with (
@@ -184,8 +187,8 @@ def _write_parquet(job: _Job, folder: Path) -> dict[str, list[str]]:
                 write_statistics=["row", "token_id", "document"],
             ) as writer,
         ):
-            for rows in job.blocks(start, min(start + job.file_rows, job.store.rows)):
-                writer.write_table(pa.table(_columns(job, rows, schema), schema=schema), row_group_size=len(rows))
+            for states in job.blocks(start, min(start + job.file_states, job.store.states)):
+                writer.write_table(pa.table(_columns(job, states, schema), schema=schema), row_group_size=len(states))
     return {name: files for name in job.views}
 
 
@@ -203,21 +206,20 @@ def _schema(job: _Job) -> Any:
     ]
     for name, view in job.views.items():
         labels = {label: str(value) for label, value in _labels(job, view).items() if value is not None}
-        fields.append(pa.field(name, pa.list_(number, job.store.hidden_size), nullable=False, metadata=labels))
+        fields.append(pa.field(name, pa.list_(number, view.shape[1]), nullable=False, metadata=labels))
     return pa.schema(fields)
 
 
-def _columns(job: _Job, rows: range, schema: Any) -> list[Any]:
+def _columns(job: _Job, states: range, schema: Any) -> list[Any]:
     import pyarrow as pa
 
-    document = job.tokens("document", rows)
+    document = job.tokens("document", states)
     numbers, places = np.unique(document, return_inverse=True)
     ids = pa.array([job.store.tokens.document_info(int(number)).id for number in numbers], pa.string())
-    tokens = [job.tokens(name, rows) for name in _TOKENS]
-    columns = [pa.array(np.arange(rows.start, rows.stop, dtype=np.int64)), *map(pa.array, tokens)]
+    columns = [pa.array(job.tokens(name, states)) for name in (_ROW, *_TOKENS)]
     columns.append(ids.take(pa.array(places)))
     for name in job.views:
-        flat = pa.array(job.values(name, rows).reshape(-1))
+        flat = pa.array(job.values(name, states).reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
     return columns
 
@@ -228,6 +230,8 @@ def _description(job: _Job, to: str, files: dict[str, list[str]]) -> dict[str, A
         "format": to,
         "store": str(job.store.path),
         "rows": job.store.rows,
+        "states": job.store.states,
+        "pooling": manifest.pooling,
         "documents": job.store.documents,
         "hidden_size": job.store.hidden_size,
         "dtypes": {"compute": manifest.compute_dtype, "stored": manifest.stored_dtype, "here": job.dtype.name},
@@ -239,7 +243,13 @@ def _description(job: _Job, to: str, files: dict[str, list[str]]) -> dict[str, A
 
 def _labels(job: _Job, view: HookPointView) -> dict[str, Any]:
     entry = next(entry for entry in job.store.manifest.hook_points if entry.point == view.hook_point)
-    return {"meaning": entry.meaning, "norm": entry.norm, "huggingface_index": entry.huggingface_index}
+    return {
+        "shape": list(entry.shape),
+        "heads": entry.heads and list(entry.heads),
+        "meaning": entry.meaning,
+        "norm": entry.norm,
+        "huggingface_index": entry.huggingface_index,
+    }
 
 
 def _write(path: Path, pieces: Any) -> None:

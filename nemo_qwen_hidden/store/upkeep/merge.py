@@ -1,7 +1,7 @@
 """Stores of disjoint documents, made alike by one model, as one store.
 
-Shards and token tables count rows in their own part, so that none of their bytes change: files are linked under new
-numbers, and only the manifest is new.
+Shards and token tables count rows and states in their own part, so that none of their bytes change: files are linked
+under new numbers, and only the manifest is new.
 """
 
 import errno
@@ -118,6 +118,7 @@ def _merged(
         (known for known in (each.tokenizer for each in manifests) if known.get("sha256")), first.tokenizer
     )
     rows = [0, *accumulate(manifest.rows for manifest in manifests)]
+    states = [0, *accumulate(manifest.states for manifest in manifests)]
     documents = [0, *accumulate(manifest.documents for manifest in manifests)]
     parts: list[Part] = []
     for folder, manifest, row, document in zip(folders, manifests, rows, documents, strict=False):
@@ -136,11 +137,11 @@ def _merged(
     points: list[HookPointEntry] = []
     for number, entry in enumerate(first.hook_points):
         shards: list[ShardEntry] = []
-        for folder, manifest, row in zip(folders, manifests, rows, strict=False):
+        for folder, manifest, state in zip(folders, manifests, states, strict=False):
             for shard in manifest.hook_points[number].present:
                 name = f"{entry.point}/{shard_name(len(shards))}"
                 copies[name] = folder, shard
-                shards.append(replace(shard, file=name, first_row=shard.first_row + row))
+                shards.append(replace(shard, file=name, first_row=shard.first_row + state))
         points.append(replace(entry, shards=tuple(shards)))
     producers = (*(each for manifest in manifests for each in manifest.producers), producer)
     first = replace(first, final_norm=norm, tokenizer=tokenizer)

@@ -28,6 +28,9 @@ def _shared(manifest: Manifest) -> dict[str, Any]:
     windows = sorted({str(part.data.get("max_tokens")) for part in manifest.parts if part.rows})
     return {
         "hidden_size": manifest.hidden_size,
+        "pooling": manifest.pooling,
+        "parts.kept": _kept(manifest),
+        "parts.selection": manifest.parts[0].selection if manifest.parts else None,
         "dtypes.compute": manifest.compute_dtype,
         "dtypes.stored": manifest.stored_dtype,
         "dtypes": dict(manifest.dtypes_extra),
@@ -36,13 +39,25 @@ def _shared(manifest: Manifest) -> dict[str, Any]:
         "tokenizer.sha256": manifest.tokenizer.get("sha256"),
         "hook_points": [str(point) for point in manifest.points],
         "hook_points.labels": [
-            (entry.meaning, entry.norm, entry.huggingface_index, entry.divisor, dict(entry.extra))
+            (
+                entry.meaning,
+                entry.norm,
+                entry.huggingface_index,
+                entry.shape,
+                entry.heads,
+                entry.divisor,
+                dict(entry.extra),
+            )
             for entry in manifest.hook_points
         ],
         "final_norm.sha256": manifest.final_norm and manifest.final_norm.sha256,
         "data.max_tokens": windows,
         "unknown fields": dict(manifest.extra),
     }
+
+
+def _kept(manifest: Manifest) -> str:
+    return "some rows" if any(part.kept is not None for part in manifest.parts) else "all rows"
 
 
 def shared_data(named: Mapping[str, Manifest]) -> Iterator[StoreError]:

@@ -4,17 +4,19 @@ docs/format.md lists what is checked, and what no file can contradict.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
-from nemo_qwen_hidden.hookpoint import SITES, HookPoint, by_depth
-from nemo_qwen_hidden.store.entries import FileEntry, ShardEntry
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, RESIDUAL_SITES, SITES, HookPoint, by_depth
+from nemo_qwen_hidden.plan.footprint import DecoderShape
+from nemo_qwen_hidden.plan.shapes import state_shape
+from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, ShardEntry
 from nemo_qwen_hidden.store.files import read_inside
 from nemo_qwen_hidden.store.folder import survey
 from nemo_qwen_hidden.store.format import FINAL_NORM_FILE, MANIFEST, MARKER
@@ -39,7 +41,7 @@ _MOST_THREADS = 16
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing that is wrong. file: its path in the store. what: in words, ``must ..., but is ...``. hook_point,
-    shard, rows: what the file holds, where it is a shard."""
+    shard, rows: what the file holds, where it is a shard; rows are counted as its states are."""
 
     file: str
     what: str
@@ -157,10 +159,27 @@ def _label_problems(manifest: Manifest) -> Iterator[str]:
         if point.layer is not None and point.layer >= layers:
             yield f"{point} must be at one of the model's {layers} layers"
             continue
+        yield from _shape_problems(entry, manifest.hidden_size, known)
         labels = {"meaning": point.meaning(layers), "huggingface_index": point.huggingface_index(layers)}
         for label, value in labels.items():
             if getattr(entry, label) != value:
                 yield f"{label} of {point} must be {value!r}, but is {getattr(entry, label)!r}"
+
+
+def _shape_problems(entry: HookPointEntry, hidden_size: int, known: Mapping[str, Any]) -> Iterator[str]:
+    """Against the model's sizes, where the manifest says them."""
+    point, shape = entry.point, entry.shape
+    if entry.heads is not None and point.site != ATTN_WEIGHTS:
+        yield f"heads must be of {ATTN_WEIGHTS} alone, but are of {point}"
+    if point.site in RESIDUAL_SITES:
+        expected: tuple[int, ...] = (hidden_size,)
+    elif all(type(known.get(field.name)) is int for field in fields(DecoderShape)):
+        decoder = DecoderShape(**{field.name: known[field.name] for field in fields(DecoderShape)})
+        expected = state_shape(point, decoder, keys=shape[-1], heads=entry.heads)
+    else:
+        return
+    if shape != expected:
+        yield f"shape of {point} must be {list(expected)}, but is {list(shape)}"
 
 
 class _Checks:

@@ -1,4 +1,7 @@
-"""States on their way into a store: refused, cast, and what that cost. Legend: n rows of one call, H hidden."""
+"""States on their way into a store: refused, cast, and what that cost.
+
+Legend: n states of one call, H numbers in each.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -28,9 +28,9 @@ Ranges = list[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What the lines of a journal say. rows: durable in shards that are not done yet, by hook point. twice: hook
-    points of which a row was written more than once. errors: what storing cost, of the rows of each shard. sealed:
-    shards that are done."""
+    """What the lines of a journal say, in numbers of states. rows: durable in shards that are not done yet, by hook
+    point. twice: hook points of which a row was written more than once. errors: what storing cost, of the rows of each
+    shard. sealed: shards that are done."""
 
     rows: Mapping[HookPoint, RowSet] = field(default_factory=dict)
     twice: frozenset[HookPoint] = frozenset()

@@ -1,4 +1,4 @@
-"""Turns a shard whose rows are all there into a finished one: statistics, checksum, its final name.
+"""Turns a shard whose states are all there into a finished one: statistics, checksum, its final name.
 
 Everything that is added follows from the shard's own bytes, so it does not matter which rank does it, or how often.
 """
@@ -33,7 +33,7 @@ def seal(folder: Path, target: Manifest, shard: Shard, error: StoredError | None
         StoreError: no space is left.
     """
     point, number = shard
-    rows, dtype = target.grid.rows_of(number), target.dtype
+    rows, dtype, width = target.grid.states_of(number), target.dtype, target.entry(point).width
     start, header = header_of(shard, target)
     final = folder / str(point) / shard_name(number)
     partial = final.with_name(final.name + PARTIAL)
@@ -41,9 +41,9 @@ def seal(folder: Path, target: Manifest, shard: Shard, error: StoredError | None
         descriptor = file.fileno()
         if file.read(len(start)) != start or os.fstat(descriptor).st_size != header.size_bytes:
             raise CoverageError(f"{partial} was changed by something else while it was written")
-        digest, accumulator = hashlib.sha256(start), Accumulator(target.hidden_size)
+        digest, accumulator = hashlib.sha256(start), Accumulator(width)
         scale_n = _scale(descriptor, header, len(rows)) if dtype.scaled else None
-        row_size = target.hidden_size * dtype.bytes
+        row_size = width * dtype.bytes
         block_rows = max(1, _BLOCK_BYTES // row_size)
         for row in range(0, len(rows), block_rows):
             count = min(block_rows, len(rows) - row)

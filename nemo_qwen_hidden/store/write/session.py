@@ -33,6 +33,7 @@ from nemo_qwen_hidden.store.format import (
     RANKS_LOCK,
     STAGED,
     TOKENS,
+    VERSIONS_READ,
     Shard,
     human_bytes,
     shard_name,
@@ -45,7 +46,6 @@ from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
 from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock, wait_for_ranks
 from nemo_qwen_hidden.store.write.seal import seal
 
-_MARKER_VERSION = 1
 _LOCK = ".lock"
 
 
@@ -196,7 +196,7 @@ def resume(path: Path, target: Manifest, files: Mapping[str, bytes], *, staged: 
         record = journal.read(path)
         gone: dict[Shard, range] = {}
         for shard in target.missing():
-            rows = target.grid.rows_of(shard[1])
+            rows = target.grid.states_of(shard[1])
             claimed = shard in record.sealed or record.rows.get(shard[0], RowSet()).meets(rows.start, len(rows))
             if not _settle(path, target, shard, claimed=claimed, sealed=shard in record.sealed) and claimed:
                 gone[shard] = rows
@@ -204,7 +204,7 @@ def resume(path: Path, target: Manifest, files: Mapping[str, bytes], *, staged: 
 
 
 def progress(path: Path, target: Manifest) -> tuple[Record, dict[HookPoint, RowSet]]:
-    """The journal, and the rows of each hook point that need not be run any more."""
+    """The journal, and the states of each hook point that need not be run any more."""
     record = journal.read(path)
     done: dict[HookPoint, RowSet] = {}
     for entry in target.hook_points:
@@ -218,19 +218,19 @@ def to_seal(path: Path, target: Manifest) -> tuple[Record, list[Shard]]:
     """The journal, and the shards that are to be sealed; called after every rank has closed its writer.
 
     Raises:
-        CoverageError: rows are missing or were written twice.
+        CoverageError: states are missing or were written twice.
     """
     with naming_store(path, JOURNAL):
         record, done = progress(path, target)
     twice = ", ".join(map(str, record.twice))
     if twice:
-        raise CoverageError(f"not every row was written exactly once: some rows of {twice} were written twice")
-    lacking = {point: rows.complement(0, target.rows) for point, rows in done.items()}
+        raise CoverageError(f"not every state was written exactly once: some of {twice} were written twice")
+    lacking = {point: rows.complement(0, target.states) for point, rows in done.items()}
     for point, rows in lacking.items():
         if len(rows):
             first, length = rows.ranges[0]
-            rule = f"{len(rows)} rows of {point} were not written, the first {first} to {first + length - 1}"
-            raise CoverageError(f"not every row was written exactly once: {rule}")
+            rule = f"{len(rows)} of {point} were not written, the first {first} to {first + length - 1}"
+            raise CoverageError(f"not every state was written exactly once: {rule}")
     return record, [shard for shard in target.missing() if shard not in record.sealed]
 
 
@@ -317,7 +317,7 @@ def discard(path: Path) -> bool:
 def _write_marker(path: Path, target: Manifest) -> None:
     marker = {
         "format": MARKER_FORMAT,
-        "version": _MARKER_VERSION,
+        "version": target.version,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -330,13 +330,13 @@ def _read_marker(path: Path) -> Manifest:
     name = str(path / MARKER)
     fields = Fields(load_json(read_inside(path, MARKER), name), file=name)
     version = fields.integer("version")
-    if version != _MARKER_VERSION:
-        rule = f"must be {_MARKER_VERSION}, which this release of nemo_qwen_hidden goes on with"
-        raise fields.error("version", rule, version)
+    if version not in VERSIONS_READ:
+        known = " or ".join(str(number) for number in VERSIONS_READ)
+        raise fields.error("version", f"must be {known}, which this release of nemo_qwen_hidden goes on with", version)
     if "merge" in fields:
         rule = "must be a store that a job goes on with; an unfinished merge is there, and the same merge does it again"
         raise StoreError("store.path", rule, str(path))
-    return Manifest.parse(fields.nested("target"))
+    return Manifest.parse(fields.nested("target"), version)
 
 
 def _settle(path: Path, target: Manifest, shard: Shard, *, claimed: bool, sealed: bool) -> bool:

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.store.entries import FileEntry, Part
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder
 from nemo_qwen_hidden.store.format import TEMPORARY, TOKENS
 from nemo_qwen_hidden.store.header import TensorSpec, build_header
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, lines_name, table_name
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, lines_name, table_name
 
 _BUFFER_BYTES = 1 << 20
 _MOST_DOCUMENTS = 2**31 - 1
@@ -39,10 +39,11 @@ class TokenTableWriter:
         self._table, self._lines = table_name(part), lines_name(part)
         (folder / TOKENS).mkdir(exist_ok=True)
         prefix = self._table.removesuffix("safetensors")
-        self._paths = {name: folder / f"{prefix}{name}{TEMPORARY}" for name in (*COLUMNS, FIRST_ROW)}
+        self._paths = {name: folder / f"{prefix}{name}{TEMPORARY}" for name in (*COLUMNS, FIRST_ROW, KEPT)}
         self._paths |= {name: folder / (name + TEMPORARY) for name in (self._lines, self._table)}
         self._files: dict[str, BinaryIO] = {}
-        self._rows = self._documents = 0
+        self._rows = self._documents = self._states = 0
+        self._selects: bool | None = None  # as the first document says
         self._part: Part | None = None
         with ExitStack() as stack:
             for name, path in self._paths.items():
@@ -50,20 +51,34 @@ class TokenTableWriter:
                 self._files[name] = stack.enter_context(open(path, "w+b", _BUFFER_BYTES))
             self._temporaries = stack.pop_all()
 
-    def append(self, *, document_id: str, source: str, token_ids: NDArray[np.int32]) -> None:
+    def append(
+        self,
+        *,
+        document_id: str,
+        source: str,
+        token_ids: NDArray[np.int32],
+        kept: NDArray[np.int64] | None = None,
+    ) -> None:
         """Adds one document; its rows follow those of the document before.
 
         Args:
             document_id, source: any strings; kept as they are.
             token_ids: int32 [tokens]; may be empty.
+            kept: int64 [kept tokens], the places in the document, in order, of the tokens whose states are stored;
+                None where all are. None of all documents, or of none.
 
         Raises:
-            ValueError: token_ids is not a one-dimensional int32 array.
+            ValueError: token_ids is not a one-dimensional int32 array, or kept not one of ascending places in it, or
+                None of some documents alone.
             StoreError: no space is left, and the writer is closed with nothing written; or there are more documents
                 than the table can number (2**31 - 1).
         """
         if token_ids.dtype != np.int32 or token_ids.ndim != 1:
             raise ValueError(f"token_ids must be int32 [tokens], but is {token_ids.dtype} {list(token_ids.shape)}")
+        if self._selects not in (None, kept is not None):
+            raise ValueError("kept must be given with every document of a part, or with none")
+        if kept is not None:
+            _check_kept(kept, len(token_ids))
         if self._documents == _MOST_DOCUMENTS:
             raise StoreError("data.path", f"must hold at most {_MOST_DOCUMENTS} documents", self._documents + 1)
         count = len(token_ids)
@@ -73,7 +88,11 @@ class TokenTableWriter:
             self._write("document", np.full(count, self._documents, np.int32))
             self._write("position", np.arange(count, dtype=np.int32))
             self._write(FIRST_ROW, np.array([self._rows], np.int64))
+            if kept is not None:
+                self._write(KEPT, kept + self._rows)
+                self._states += len(kept)
             self._files[self._lines].write(line.encode())
+        self._selects = kept is not None
         self._rows += count
         self._documents += 1
 
@@ -106,6 +125,8 @@ class TokenTableWriter:
     def _assemble(self) -> Part:
         self._write(FIRST_ROW, np.array([self._rows], np.int64))
         tensors = {FIRST_ROW: TensorSpec(dtype="I64", shape=(self._documents + 1,))}  # first: keeps it aligned to 8
+        if self._selects:
+            tensors[KEPT] = TensorSpec(dtype="I64", shape=(self._states,))
         tensors |= {name: TensorSpec(dtype="I32", shape=(self._rows,)) for name in COLUMNS}
         start, _ = build_header(tensors, {})
         table, lines = self._files[self._table], self._files[self._lines]
@@ -128,6 +149,7 @@ class TokenTableWriter:
             shard_rows=self._shard_rows,
             tokens=entries[self._table],
             lines=entries[self._lines],
+            kept=self._states if self._selects else None,
         )
 
     def _entry(self, name: str) -> FileEntry:
@@ -149,6 +171,13 @@ class TokenTableWriter:
         """Closes and deletes the temporary files while another error is on its way up."""
         with suppress(OSError):  # a disk that was full is full again, over bytes that go anyway
             self._temporaries.close()
+
+
+def _check_kept(kept: NDArray[np.int64], count: int) -> None:
+    if kept.dtype != np.int64 or kept.ndim != 1:
+        raise ValueError(f"kept must be int64 [kept tokens], but is {kept.dtype} {list(kept.shape)}")
+    if len(kept) and not (kept[0] >= 0 and kept[-1] < count and (np.diff(kept) > 0).all()):
+        raise ValueError(f"kept must ascend within 0 to {count - 1}, but is {kept}")
 
 
 def _sha256(token_ids: NDArray[np.int32]) -> str:

@@ -1,8 +1,13 @@
-"""Writes rows of hidden states to their places. Every rank has a writer of its own on the same folder.
+"""Writes hidden states to their places. Every rank has a writer of its own on the same folder.
 
-A header depends on sizes alone, so a shard's length and the offset of each of its rows are known before any data:
-whoever comes first makes the file, everyone writes where its rows belong, and nobody waits. The disk is a thread's
+A header depends on sizes alone, so a shard's length and the offset of each of its states are known before any data:
+whoever comes first makes the file, everyone writes where its states belong, and nobody waits. The disk is a thread's
 business, behind a queue of bounded size; what it has made durable goes into the journal.
+
+Everything here counts states. In a store that keeps the states of all rows, their numbers are the rows'; else
+``TokenTable.states_of`` says which states some rows have.
+
+Legend: n states of one call, H numbers in each, the entry's ``width``.
 """
 
 import os
@@ -37,7 +42,8 @@ COMMIT_SECS = 10.0
 
 
 class RowRun(Protocol):
-    """Consecutive rows ``first_row`` to ``first_row + length``."""
+    """Consecutive states ``first_row`` to ``first_row + length``: numbers of states, not of rows where some rows have
+    none."""
 
     @property
     def first_row(self) -> int: ...
@@ -48,9 +54,9 @@ class RowRun(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive rows of a call that are to be written; the first is at ``index`` of its values."""
+    """Consecutive states of a call that are to be written; the first is at ``index`` of its values."""
 
-    first_row: int
+    first_state: int
     length: int
     index: int
 
@@ -70,13 +76,13 @@ class Batch:
 
 
 class ShardWriter:
-    """Writes rows of the hook points that this rank can see to shards under temporary names.
+    """Writes states of the hook points that this rank can see to shards under temporary names.
 
     Args:
         folder: the store's folder, begun by ``session``. target: what it will be; the same on every rank.
-        rank: of this process. done: rows that are there already; they are passed over.
+        rank: of this process. done: states that are there already; they are passed over.
         nonfinite: ``refuse`` or ``keep`` infinite values and NaN. commit_secs: after this time what was written is made
-            durable, so that a crash costs at most the work of that long. queue_bytes: of rows that wait for the disk;
+            durable, so that a crash costs at most the work of that long. queue_bytes: of states that wait for the disk;
             ``write`` blocks beyond it. progressed: called whenever the disk has taken something.
         max_open_files: shards kept open at once.
 
@@ -98,7 +104,7 @@ class ShardWriter:
     ) -> None:
         self._target, self._nonfinite = target, nonfinite
         self._missing = {
-            entry.point: RowSet([(0, target.rows)]) - (done or {}).get(entry.point, RowSet())
+            entry.point: RowSet([(0, target.states)]) - (done or {}).get(entry.point, RowSet())
             for entry in target.hook_points
         }
         with ExitStack() as stack, naming_store(folder, JOURNAL):
@@ -117,26 +123,29 @@ class ShardWriter:
         values_nH: torch.Tensor,
         divisor_n: torch.Tensor | None = None,
     ) -> None:
-        """Takes the rows of ``runs``, which ``values_nH`` holds in that order; they are on disk after ``close``.
+        """Takes the states of ``runs``, which ``values_nH`` holds in that order; they are on disk after ``close``.
 
         Args:
-            values_nH: [n rows, H hidden], any float dtype, on the CPU; cast to the stored dtype here. Not to be changed
+            values_nH: [n states, H], any float dtype, on the CPU; cast to the stored dtype here. Not to be changed
                 afterwards.
-            divisor_n: fp32 [n rows], what the final norm divided each row by; of hook points whose entry has it alone.
+            divisor_n: fp32 [n], what the final norm divided each state by; of hook points whose entry has it alone.
 
         Raises:
             StoreError: a value is not finite, or too large for the stored dtype (nothing of this call is written); or
                 what the disk thread met since the last call, such as a full disk.
-            ValueError: rows outside the store, or values or divisors of another shape, device or kind than said above.
+            ValueError: states outside the store, or values or divisors of another shape, device or kind than above.
         """
         self._check(hook_point, runs, values_nH)
         self._check_divisor(hook_point, len(values_nH), divisor_n)
         pieces = tuple(self._pieces(hook_point, runs))
         if pieces:
             dtype = self._target.dtype
-            name = str(hook_point)
+            name, what = str(hook_point), "row" if self._target.states == self._target.rows else "state"
             encoded = encode(
-                values_nH, dtype, nonfinite=self._nonfinite, row_at=lambda index: f"{name} row {_row_at(runs, index)}"
+                values_nH,
+                dtype,
+                nonfinite=self._nonfinite,
+                row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
             )
             self._disk.put(
                 Batch(
@@ -170,14 +179,14 @@ class ShardWriter:
                 self._disk.abandon()
 
     def _pieces(self, point: HookPoint, runs: Iterable[RowRun]) -> Iterator[Piece]:
-        """The missing ones of some rows, those that continue each other joined: fewer and larger writes."""
+        """The missing ones of some states, those that continue each other joined: fewer and larger writes."""
         index, last = 0, None
         for run in runs:
-            for first_row, length in self._missing[point].within(run.first_row, run.length):
-                start = index + first_row - run.first_row
-                piece = Piece(first_row=first_row, length=length, index=start)
-                if last is not None and (last.first_row + last.length, last.index + last.length) == (first_row, start):
-                    last = Piece(first_row=last.first_row, length=last.length + length, index=last.index)
+            for state, length in self._missing[point].within(run.first_row, run.length):
+                start = index + state - run.first_row
+                piece = Piece(first_state=state, length=length, index=start)
+                if last is not None and (last.first_state + last.length, last.index + last.length) == (state, start):
+                    last = Piece(first_state=last.first_state, length=last.length + length, index=last.index)
                     continue
                 if last is not None:
                     yield last
@@ -191,12 +200,13 @@ class ShardWriter:
             raise ValueError(f"{point} is not one of the hook points of this store")
         if values_nH.device.type != "cpu" or not values_nH.dtype.is_floating_point:
             raise ValueError(f"values must be floats on the CPU, but are {values_nH.dtype} on {values_nH.device}")
-        expected = (sum(run.length for run in runs), self._target.hidden_size)
+        expected = (sum(run.length for run in runs), self._target.entry(point).width)
         if tuple(values_nH.shape) != expected:
-            raise ValueError(f"values of these runs must be {list(expected)}, but are {list(values_nH.shape)}")
+            rule = f"must be {list(expected)}, as its entry and these runs say"
+            raise ValueError(f"values of {point} {rule}, but are {list(values_nH.shape)}")
         for run in runs:
-            if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._target.rows:
-                raise ValueError(f"rows {run.first_row} + {run.length} do not lie within {self._target.rows} rows")
+            if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._target.states:
+                raise ValueError(f"states {run.first_row} + {run.length} do not lie within {self._target.states}")
 
     def _check_divisor(self, point: HookPoint, rows: int, divisor_n: torch.Tensor | None) -> None:
         expected = [rows] if self._target.entry(point).divisor else None
@@ -217,17 +227,17 @@ class _ShardFiles:
         self._unsynced: dict[Shard, None] = {}
 
     def write(self, batch: Batch) -> dict[Shard, StoredError]:
-        """Writes all rows of a batch; what storing them cost, by shard, where it cost anything."""
+        """Writes all states of a batch; what storing them cost, by shard, where it cost anything."""
         dtype, encoded = self._target.dtype, batch.encoded
-        of_each_row = {SCALE: encoded.scale, DIVISOR: batch.divisor}
-        columns = [(str(batch.point), self._target.hidden_size * dtype.bytes, row_bytes(encoded.values))]
-        columns += [(name, 4, row_bytes(column)) for name, column in of_each_row.items() if column is not None]
+        of_each_state = {SCALE: encoded.scale, DIVISOR: batch.divisor}
+        columns = [(str(batch.point), self._target.entry(batch.point).width * dtype.bytes, row_bytes(encoded.values))]
+        columns += [(name, 4, row_bytes(column)) for name, column in of_each_state.items() if column is not None]
         errors: dict[Shard, StoredError] = {}
         with naming_store(self._folder, str(batch.point)):
             for piece in batch.pieces:
-                for number, row, size in self._target.grid.pieces(piece.first_row, piece.length):
-                    shard, start = (batch.point, number), piece.index + row - piece.first_row
-                    in_shard = row - self._target.grid.starts[number]
+                for number, state, size in self._target.grid.pieces(piece.first_state, piece.length):
+                    shard, start = (batch.point, number), piece.index + state - piece.first_state
+                    in_shard = state - self._target.grid.starts[number]
                     for name, item, data in columns:
                         self._put(shard, name, in_shard * item, data[start * item : (start + size) * item])
                     if encoded.error is not None:
@@ -299,7 +309,7 @@ class _DiskThread:
         self._queued_bytes = 0
         self._closing = self._abandoned = False
         self._failure: BaseException | None = None
-        self._rows: dict[HookPoint, list[tuple[int, int]]] = {}
+        self._states: dict[HookPoint, list[tuple[int, int]]] = {}
         self._errors: dict[Shard, StoredError] = {}
         self._thread = threading.Thread(target=self._run, name="store writer", daemon=True)
         self._thread.start()
@@ -342,7 +352,7 @@ class _DiskThread:
         try:
             committed = time.monotonic()
             while not self._abandoned:
-                batch = self._next(committed + self._commit_secs - time.monotonic() if self._rows else None)
+                batch = self._next(committed + self._commit_secs - time.monotonic() if self._states else None)
                 if batch is not None:
                     self._write(batch)
                 if batch is None or time.monotonic() - committed > self._commit_secs:
@@ -368,8 +378,8 @@ class _DiskThread:
         errors = self._files.write(batch)
         for shard, error in errors.items():
             add_error(self._errors, shard, error)
-        rows = self._rows.setdefault(batch.point, [])
-        rows += ((piece.first_row, piece.length) for piece in batch.pieces)
+        states = self._states.setdefault(batch.point, [])
+        states += ((piece.first_state, piece.length) for piece in batch.pieces)
         with self._changed:
             self._queue.popleft()
             self._queued_bytes -= batch.bytes
@@ -377,20 +387,20 @@ class _DiskThread:
         self._progressed()
 
     def _commit(self) -> None:
-        if not self._rows:
+        if not self._states:
             return
         self._files.sync()
         self._progressed()
-        durable = {point: RowSet(ranges) for point, ranges in self._rows.items()}
-        for point, rows in durable.items():
-            if len(rows) != sum(length for _, length in self._rows[point]):
-                raise CoverageError(f"rows of {point} were written more than once by one rank")
-        self._journal.rows({point: rows.ranges for point, rows in durable.items()}, self._errors)
-        self._rows, self._errors = {}, {}
+        durable = {point: RowSet(ranges) for point, ranges in self._states.items()}
+        for point, states in durable.items():
+            if len(states) != sum(length for _, length in self._states[point]):
+                raise CoverageError(f"states of {point} were written more than once by one rank")
+        self._journal.rows({point: states.ranges for point, states in durable.items()}, self._errors)
+        self._states, self._errors = {}, {}
 
 
-def _row_at(runs: Iterable[RowRun], index: int) -> int:
-    """The row of the value at ``index`` along the concatenated runs."""
+def _state_at(runs: Iterable[RowRun], index: int) -> int:
+    """The state at ``index`` along the concatenated runs."""
     for run in runs:
         if index < run.length:
             return run.first_row + index
