@@ -47,7 +47,7 @@ def check_settings(
         ("precision.compute", "{}", store.compute_dtype, settings.precision.compute),
         ("precision.stored", "{}", store.stored_dtype, settings.stored_dtype),
         ("data.max_tokens", "{}", store.parts[0].data.get("max_tokens"), job.batching.max_tokens),
-        ("pooling", "{}", store.pooling or "none", pooling or "none"),
+        ("tokens.pool", "{}", store.pooling or "none", pooling or "none"),
     ]
     expected += [
         (f"heads of {entry.point}", "{}", _heads(entry.heads), _heads(heads))
@@ -91,7 +91,7 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
         raise StoreError("model.path", f"must have the tokenizer of sha256 {known}, as {where}", tokenizer)
     chosen = _selected(store.parts[0])
     if chosen != _selected(part):
-        raise StoreError("selection", f"must be {chosen}, as {where}", _selected(part))
+        raise StoreError("tokens", f"must be {chosen}, as {where}", _selected(part))
     same = [old for old in store.parts if old.data.get("sha256") == part.data["sha256"]]
     if not same and not (adds and found.unfinished is None):
         held = ", ".join(str(old.data.get("sha256")) for old in store.parts)
@@ -100,7 +100,7 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
         raise StoreError("store.shard_rows", f"must be {same[0].shard_rows}, as {where}", part.shard_rows)
     if same and part.kept is not None and same[0].tokens.sha256 != part.tokens.sha256:
         rule = f"must keep the rows that it kept ({same[0].states} of them), as {where}"
-        raise StoreError("selection", rule, f"{part.states} rows, others among them")
+        raise StoreError("tokens", rule, f"{part.states} rows, others among them")
     return same[0] if same else None
 
 

@@ -86,9 +86,9 @@ def test_documents_are_added_after_the_kept_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        (part_of(selection={"every": 3}), r"`selection` must be \{'every': 2\}, as .*, but is \{'every': 3\} instead"),
-        (part_of(selection=None), r"`selection` must be \{'every': 2\}, as .*, but is 'some rows' instead"),
-        (part_of(kept=None, selection=None), r"`selection` must be \{'every': 2\}, as .*, but is 'all rows' instead"),
+        (part_of(selection={"every": 3}), r"`tokens` must be \{'every': 2\}, as .*, but is \{'every': 3\} instead"),
+        (part_of(selection=None), r"`tokens` must be \{'every': 2\}, as .*, but is 'some rows' instead"),
+        (part_of(kept=None, selection=None), r"`tokens` must be \{'every': 2\}, as .*, but is 'all rows' instead"),
     ],
 )
 @pytest.mark.parametrize("data", ["a", "b"])
@@ -105,7 +105,7 @@ def test_the_same_rule_has_to_keep_the_same_rows(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     found = Found(finished=None, unfinished=new(job), begun="begun today")
     other = part_of(tokens=FileEntry(file="tokens/000000.safetensors", bytes=1, sha256="1" * 64))
-    with pytest.raises(StoreError, match=r"`selection` must keep the rows that it kept \(3 of them\), as in the unfin"):
+    with pytest.raises(StoreError, match=r"`tokens` must keep the rows that it kept \(3 of them\), as in the unfin"):
         target.check_data(job, found, other, None)
 
 
@@ -116,6 +116,6 @@ def test_other_poolings_and_heads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         target.check_settings(job, found, model_of(job))
     first, second = str(caught.value).splitlines()
-    assert first.startswith("`pooling` must be last, as in the unfinished store at")
+    assert first.startswith("`tokens.pool` must be last, as in the unfinished store at")
     assert second.startswith("`heads of attn_weights@1` must be [3,1], as in the unfinished store at")
     assert second.endswith("but is 'all' instead.")
