@@ -56,11 +56,14 @@ class CaptureSettings:
     """hook_points: as ``hookpoint.expand`` takes them.
 
     gather: ``none``, every rank writes the rows that it holds; ``rank0``, they travel to rank 0, which writes
-    them all (for ranks that share no file system).
+    them all (for ranks that share no file system). heads: attention heads whose ``attn_weights`` are taken, numbers or
+    Python slices; none is all. most_attention_gb: refuse ``attn_weights`` that take more gigabytes (10**9 bytes).
     """
 
     hook_points: tuple[str, ...] = ("all",)
     gather: str = "none"
+    heads: tuple[str, ...] = ()
+    most_attention_gb: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,26 @@ def expand(
     return by_depth(found, num_layers)
 
 
+def heads_of(specs: Sequence[str], num_heads: int) -> tuple[int, ...]:
+    """Attention heads, ascending, each once; all where ``specs`` is empty. Each spec is a number or a Python slice.
+
+    Raises:
+        ConfigError: a head that the model lacks, or no heads.
+    """
+    chosen: set[int] = set()
+    for spec in specs:
+        if not re.fullmatch(r"-?\d+|-?\d*:-?\d*(:-?[1-9]\d*)?", spec):
+            raise ConfigError("capture.heads", "must be numbers or slices such as 0:4", spec)
+        if ":" in spec:
+            found = range(num_heads)[slice(*(int(part) if part else None for part in spec.split(":")))]
+        else:
+            found = range(num_heads)[int(spec) :][:1] if -num_heads <= int(spec) < num_heads else range(0)
+        if not found:
+            raise ConfigError("capture.heads", f"must name heads from 0 to {num_heads - 1}", spec)
+        chosen |= set(found)
+    return tuple(sorted(chosen)) if specs else tuple(range(num_heads))
+
+
 def by_depth(points: Iterable[HookPoint], num_layers: int) -> tuple[HookPoint, ...]:
     """``points`` in the order in which the model comes to them."""
     return tuple(sorted(points, key=lambda point: (point.depth(num_layers), SITES.index(point.site))))

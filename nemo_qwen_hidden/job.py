@@ -12,14 +12,16 @@ from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
-from nemo_qwen_hidden.config import BYTES, Settings, check
+from nemo_qwen_hidden.config import BYTES, MEANS, Settings, check
 from nemo_qwen_hidden.data.sources import check_path, read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
-from nemo_qwen_hidden.hookpoint import HookPoint, deepest, expand
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, deepest, expand, heads_of
 from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
 from nemo_qwen_hidden.plan.microbatches import Batching
+from nemo_qwen_hidden.plan.outliers import norm_point
+from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.plan.stages import Split, points_of_stage, stages_of
 from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
 from nemo_qwen_hidden.store.write.session import check_target
@@ -32,6 +34,7 @@ class Job:
 
     model_folder, data_path: on this machine. points: ordered by depth. stages: layer indices of every pipeline stage;
     unless the settings say how the whole model is divided, these are the layers up to the deepest hook point alone.
+    norms_only: whether the norm of each state is stored instead of the state.
     """
 
     settings: Settings
@@ -42,6 +45,7 @@ class Job:
     topology: Topology
     stages: tuple[range, ...]
     batching: Batching
+    norms_only: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -78,6 +82,17 @@ class Job:
             vocab_size=self.architecture.shape.vocab_size,
             assistant=self.settings.tokens.keep == "assistant",
         )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads whose weights are asked for."""
+        return heads_of(self.settings.capture.heads, self.architecture.shape.num_heads)
+
+    def state_shape(self, point: HookPoint) -> tuple[int, ...]:
+        """Of one state as it is stored."""
+        if self.norms_only:
+            return (1,)
+        return state_shape(point, self.architecture.shape, keys=self.batching.max_tokens, heads=self.heads)
 
     @property
     def log_path(self) -> Path:
@@ -124,6 +139,14 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     dp = resolve_dp(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=parallel.dp, world=world)
     topology = Topology(tp=parallel.tp, pp=parallel.pp, vp=parallel.vp, cp=parallel.cp, dp=dp, sp=parallel.sp)
     problems = _problems(settings, architecture, topology)
+    try:
+        heads_of(settings.capture.heads, shape.num_heads)
+        if settings.tokens.max_norm is not None:
+            norm_point(settings.tokens, points, num_layers=shape.num_layers)
+        if settings.tokens.pool in MEANS and any(point.site == ATTN_WEIGHTS for point in points):
+            raise ConfigError("tokens.pool", "must be none or last for attn_weights", settings.tokens.pool)
+    except ConfigError as problem:
+        problems.append(problem)
     stages: tuple[range, ...] = ()
     try:
         stages = stages_of(num_layers, pp=topology.pp, vp=topology.vp, split=_split(settings))

@@ -8,7 +8,6 @@ from typing import Any
 from nemo_qwen_hidden.errors import StoreError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, by_depth
 from nemo_qwen_hidden.job import Job
-from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import FINAL_NORM_FILE
 from nemo_qwen_hidden.store.manifest import MEANS, Manifest
@@ -21,14 +20,8 @@ def check_settings(
     job: Job,
     found: Found,
     model: Mapping[str, Any],
-    *,
-    pooling: str | None = None,
-    heads: Sequence[int] | None = None,
 ) -> None:
     """Whether the settings fit to the store that was found, as far as can be said before the data are read.
-
-    Args:
-        pooling, heads: that the job asks for, as ``new`` takes them.
 
     Raises:
         UserError: the store was made with others; names each difference.
@@ -47,10 +40,10 @@ def check_settings(
         ("precision.compute", "{}", store.compute_dtype, settings.precision.compute),
         ("precision.stored", "{}", store.stored_dtype, settings.stored_dtype),
         ("data.max_tokens", "{}", store.parts[0].data.get("max_tokens"), job.batching.max_tokens),
-        ("pooling", "{}", store.pooling or "none", pooling or "none"),
+        ("tokens.pool", "{}", store.pooling or "none", settings.tokens.pool),
     ]
     expected += [
-        (f"heads of {entry.point}", "{}", _heads(entry.heads), _heads(heads))
+        ("capture.heads", "{}", _heads(entry.heads), _heads(_asked_heads(job)))
         for entry in store.hook_points
         if entry.point.site == ATTN_WEIGHTS and entry.point in job.points
     ]
@@ -91,16 +84,17 @@ def check_data(job: Job, found: Found, part: Part, tokenizer: str | None) -> Par
         raise StoreError("model.path", f"must have the tokenizer of sha256 {known}, as {where}", tokenizer)
     chosen = _selected(store.parts[0])
     if chosen != _selected(part):
-        raise StoreError("selection", f"must be {chosen}, as {where}", _selected(part))
+        raise StoreError("tokens", f"must be {chosen}, as {where}", _selected(part))
     same = [old for old in store.parts if old.data.get("sha256") == part.data["sha256"]]
     if not same and not (adds and found.unfinished is None):
         held = ", ".join(str(old.data.get("sha256")) for old in store.parts)
         raise StoreError("data.path", f"must give the documents of sha256 {held}, as {where}", part.data["sha256"])
     if same and same[0].shard_rows != part.shard_rows:
         raise StoreError("store.shard_rows", f"must be {same[0].shard_rows}, as {where}", part.shard_rows)
-    if same and part.kept is not None and same[0].tokens.sha256 != part.tokens.sha256:
+    by_norm = job.settings.tokens.max_norm is not None  # then the rows follow from states, which the store has had
+    if same and part.kept is not None and same[0].tokens.sha256 != part.tokens.sha256 and not by_norm:
         rule = f"must keep the rows that it kept ({same[0].states} of them), as {where}"
-        raise StoreError("selection", rule, f"{part.states} rows, others among them")
+        raise StoreError("tokens", rule, f"{part.states} rows, others among them")
     return same[0] if same else None
 
 
@@ -117,14 +111,11 @@ def new(
     model: Mapping[str, Any],
     tokenizer: str | None,
     norm: bytes,
-    *,
-    pooling: str | None = None,
-    heads: Sequence[int] | None = None,
 ) -> Manifest:
     """A store of one part, which keeps the rows that ``part`` says.
 
     Args:
-        norm: the file with the weight of the final norm. pooling: see ``Manifest``. heads: see ``with_hook_points``.
+        norm: the file with the weight of the final norm.
     """
     settings = job.settings
     empty = Manifest(
@@ -133,30 +124,27 @@ def new(
         stored_dtype=settings.stored_dtype,
         hook_points=(),
         parts=(part,),
-        pooling=pooling,
+        pooling=None if settings.tokens.pool == "none" else settings.tokens.pool,
         final_norm=FileEntry(file=FINAL_NORM_FILE, bytes=len(norm), sha256=hashlib.sha256(norm).hexdigest()),
         model=model,
         tokenizer={"sha256": tokenizer},
     )
-    return with_hook_points(job, empty, heads=heads)
+    return with_hook_points(job, empty)
 
 
-def with_hook_points(job: Job, store: Manifest, *, heads: Sequence[int] | None = None) -> Manifest:
-    """A store, and those of the job's hook points that it lacks, over all of the rows that it keeps.
-
-    Args:
-        heads: attention heads whose weights are asked for; None is all.
-    """
-    shape, layers = job.architecture.shape, job.architecture.shape.num_layers
+def with_hook_points(job: Job, store: Manifest) -> Manifest:
+    """A store, and those of the job's hook points that it lacks, over all of the rows that it keeps."""
+    layers = job.architecture.shape.num_layers
     held = {entry.point: entry for entry in store.hook_points}
     for point in job.points:
         entry = HookPointEntry.of(
             point,
             num_layers=layers,
             shards=store.grid.shards,
-            shape=state_shape(point, shape, keys=job.batching.max_tokens, heads=heads),
-            heads=heads if point.site == ATTN_WEIGHTS else None,
-            divisor=store.pooling not in MEANS,  # of a mean there is none by which the norm could be undone
+            shape=job.state_shape(point),
+            heads=_asked_heads(job) if point.site == ATTN_WEIGHTS else None,
+            # of a mean there is none by which the norm could be undone
+            divisor=store.pooling not in MEANS and not job.norms_only,
         )
         held.setdefault(point, entry)
     return replace(store, hook_points=tuple(held[point] for point in by_depth(held, layers)))
@@ -176,6 +164,11 @@ def _where(job: Job, found: Found) -> str:
         ways = "store.overwrite=true replaces it, store.add=hook_points or store.add=documents adds to it"
         return f"in the store at {job.store_path} ({ways})"
     return f"in the unfinished store at {job.store_path}, {found.begun} (store.overwrite=true starts it again)"
+
+
+def _asked_heads(job: Job) -> tuple[int, ...] | None:
+    """None where all are asked for."""
+    return None if len(job.heads) == job.architecture.shape.num_heads else job.heads
 
 
 def _heads(heads: Sequence[int] | None) -> object:

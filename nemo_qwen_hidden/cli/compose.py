@@ -77,7 +77,11 @@ def _typed(tree: DictConfig) -> Settings:
     settings = cast(Settings, OmegaConf.to_object(schema))
     return replace(
         settings,
-        capture=replace(settings.capture, hook_points=tuple(settings.capture.hook_points)),
+        capture=replace(
+            settings.capture,
+            hook_points=tuple(settings.capture.hook_points),
+            heads=tuple(settings.capture.heads),
+        ),
         tokens=replace(settings.tokens, spans=tuple(settings.tokens.spans)),
     )
 

@@ -5,6 +5,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,10 @@ def _saying_at_once(terminal: Terminal, log: Log, running: Job | None = None) ->
         raise PeerError(status_of(error)) from error
 
 
-def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack) -> Begun:
+def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job | None = None) -> Begun:
     try:
         lock.enter_context(extract.locked(job))
-        return extract.begin(job, bar)
+        return extract.begin(job, bar, norms=norms)
     except (UserError, KeyboardInterrupt):
         lock.close()
         log.undo()
@@ -113,27 +114,43 @@ def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack) -> Begun:
 def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
     with launch.one_interrupt(), terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
         launch.warm_up(log.path)  # NeMo is imported while the data is tokenized
-        begun = _begin(job, bar, log, lock)
-        if begun.work is None:
-            return extract.finish(job, begun, [])
-        try:
-            bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
-            if begun.work == RESUMED:
-                bar(Phase(f"resuming: {len(begun.missing):,} of {begun.manifest.rows:,} tokens are to be run"))
-            bar(Phase("starting ranks"))
-            results = launch.run_ranks(
-                _started, (job, begun), world=job.topology.world, log=log.path, on_event=lambda rank, event: bar(event)
-            )
-            return extract.finish(job, begun, results)
-        except UserError as error:  # all ranks have ended: nothing writes any more
-            if extract.discard(job):
-                lock.close()
-                log.undo()
-            else:
-                error.add_note(_unfinished(job))
-            raise
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_unfinished(job)) from None
+        norms = _norms_first(job, bar, log, lock)
+        return _start_and_finish(job, bar, log, lock, norms)
+
+
+def _norms_first(job: Job, bar: Bar, log: Log, lock: ExitStack) -> Job | None:
+    """Runs the job that has to come first, where there is one; what it makes goes when ``lock`` closes."""
+    norms = extract.norm_job(job)
+    if norms is not None:
+        bar(Phase("finding norms"))
+        lock.callback(extract.drop_norms, norms)
+        with ExitStack() as own:
+            _start_and_finish(norms, bar, log, own, None)
+    return norms
+
+
+def _start_and_finish(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job | None) -> Summary:
+    begun = _begin(job, bar, log, lock, norms)
+    if begun.work is None:
+        return extract.finish(job, begun, [])
+    try:
+        bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
+        if begun.work == RESUMED:
+            bar(Phase(f"resuming: {len(begun.missing):,} of {begun.manifest.states:,} states are to be made"))
+        bar(Phase("starting ranks"))
+        results = launch.run_ranks(
+            _started, (job, begun), world=job.topology.world, log=log.path, on_event=lambda rank, event: bar(event)
+        )
+        return extract.finish(job, begun, results)
+    except UserError as error:  # all ranks have ended: nothing writes any more
+        if extract.discard(job):
+            lock.close()
+            log.undo()
+        else:
+            error.add_note(_unfinished(job))
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_unfinished(job)) from None
 
 
 def _unfinished(job: Job) -> str:
@@ -151,16 +168,8 @@ def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
 
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
-    def begin() -> Begun:
-        with _saying_at_once(terminal, log):
-            return _begin(job, bar, log, lock)
-
-    def finish() -> Summary:
-        with _saying_at_once(terminal, log):
-            return extract.finish(job, begun, results)
-
     with terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
-        from nemo_qwen_hidden.parallel.agree import gather_values, on_rank_0
+        from nemo_qwen_hidden.parallel.agree import on_rank_0
         from nemo_qwen_hidden.parallel.groups import process_groups
         from nemo_qwen_hidden.parallel.peers import watched
 
@@ -170,20 +179,55 @@ def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
 
         pulse = Pulse()
         with process_groups(job.topology) as groups, watched(pulse, say):
-            try:
-                begun = on_rank_0(begin, groups, status_of=status_of)
-            except PeerError as error:
-                if error.status == USER_ERROR:
-                    log.undo()
-                raise
-            if begun.work is None:
-                return extract.finish(job, begun, []) if groups.place.rank == 0 else None
-            bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
-            with _saying_at_once(terminal, log, running=job):
-                result = _run_among_others(job, begun, groups, bar, pulse)
-            results = gather_values(result, groups)
-            summary = on_rank_0(finish, groups, status_of=status_of)
-            return summary if groups.place.rank == 0 else None
+            rank = _Rank(groups=groups, terminal=terminal, bar=bar, log=log, pulse=pulse)
+            norms = on_rank_0(lambda: extract.norm_job(job), groups, status_of=status_of)
+            if norms is not None:
+                bar(Phase("finding norms"))
+                if groups.place.rank == 0:
+                    lock.callback(extract.drop_norms, norms)
+                with ExitStack() as own:
+                    rank.run(norms, own, None)
+            return rank.run(job, lock, norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    """One rank of those that torchrun started."""
+
+    groups: "ProcessGroups"
+    terminal: Terminal
+    bar: Bar
+    log: Log
+    pulse: Pulse
+
+    def run(self, job: Job, lock: ExitStack, norms: Job | None) -> Summary | None:
+        """Runs a job to its end among the others. Collective over all ranks."""
+        from nemo_qwen_hidden.parallel.agree import gather_values, on_rank_0
+
+        groups, is_first = self.groups, self.groups.place.rank == 0
+
+        def begin() -> Begun:
+            with _saying_at_once(self.terminal, self.log):
+                return _begin(job, self.bar, self.log, lock, norms)
+
+        def finish() -> Summary:
+            with _saying_at_once(self.terminal, self.log):
+                return extract.finish(job, begun, results)
+
+        try:
+            begun = on_rank_0(begin, groups, status_of=status_of)
+        except PeerError as error:
+            if error.status == USER_ERROR:
+                self.log.undo()
+            raise
+        if begun.work is None:
+            return extract.finish(job, begun, []) if is_first else None
+        self.bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
+        with _saying_at_once(self.terminal, self.log, running=job):
+            result = _run_among_others(job, begun, groups, self.bar, self.pulse)
+        results = gather_values(result, groups)
+        summary = on_rank_0(finish, groups, status_of=status_of)
+        return summary if is_first else None
 
 
 def _run_among_others(job: Job, begun: Begun, groups: "ProcessGroups", bar: Bar, pulse: Pulse) -> RankResult:

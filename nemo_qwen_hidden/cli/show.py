@@ -1,10 +1,11 @@
 """What extract and plan say, as tables, each narrow enough for 80 columns."""
 
 from nemo_qwen_hidden.cli.terminal import Terminal, duration, human
+from nemo_qwen_hidden.config import MEANS
 from nemo_qwen_hidden.data.tokenize import require_tokens
-from nemo_qwen_hidden.data.tokenizer import load_tokenizer
 from nemo_qwen_hidden.extract import Summary, disk_bytes
 from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.part import state_counts
 from nemo_qwen_hidden.store.format import human_bytes
 from nemo_qwen_hidden.store.manifest import Manifest
 
@@ -42,34 +43,45 @@ def _widths(manifest: Manifest) -> str:
 
 def plan(job: Job, terminal: Terminal) -> None:
     """What ``extract`` would do. Tokenizes the data to count its rows; loads no weights."""
-    documents = rows = windows = 0
+    documents = rows = windows = states = 0
     with terminal.progress() as bar:
-        for document in job.documents(lambda: load_tokenizer(job.model_folder)):
-            documents, rows = documents + 1, rows + len(document.token_ids)
-            windows += -(-len(document.token_ids) // job.batching.max_tokens)
+        for length, cut, kept in state_counts(job):
+            documents, rows, windows, states = documents + 1, rows + length, windows + cut, states + kept
             bar.count(rows)
     require_tokens(rows, job.data_path)
-    terminal.table(_plan_rows(job, documents=documents, rows=rows, windows=windows), "plan")
+    sample, tokens = job.settings.tokens.sample, job.settings.tokens
+    if sample is not None and tokens.sample_of == "all" and tokens.pool not in MEANS:
+        states = min(states, sample)
+    facts = _plan_rows(job, documents=documents, rows=rows, windows=windows, states=states)
+    terminal.table(facts, "plan")
     terminal.grid(
         ("stage", "layers", "hook points", "weights", "activations"), _stage_rows(job), "each rank of a stage"
     )
 
 
-def _plan_rows(job: Job, *, documents: int, rows: int, windows: int) -> Facts:
+def _plan_rows(job: Job, *, documents: int, rows: int, windows: int, states: int) -> Facts:
     settings, shape = job.settings, job.architecture.shape
-    shards = -(-rows // settings.store.shard_rows)
+    shards = -(-states // settings.store.shard_rows)
+    chosen = [] if states == rows else [("kept", _kept(job, states))]
     of_each = f"{shards:,} a hook point, of up to {settings.store.shard_rows:,} rows"
     return [
         ("model", str(job.model_folder)),
         ("layers", f"{job.num_layers} of {shape.num_layers} are run, in {settings.precision.compute}"),
         ("data", job.data_path),
         ("rows", f"{rows:,} tokens of {_count(documents, 'document')}"),
+        *chosen,
         ("windows", f"{windows:,} of at most {job.batching.max_tokens:,} tokens"),
         ("hook points", _some([str(point) for point in job.points])),
         ("layout", f"{job.topology}: {_count(job.topology.world, 'rank')}"),
         ("shards", f"{shards * len(job.points):,}: {of_each}"),
-        ("on disk", f"{human_bytes(disk_bytes(job, rows))} in {settings.stored_dtype}"),
+        ("on disk", f"{human_bytes(disk_bytes(job, rows=rows, states=states))} in {settings.stored_dtype}"),
     ]
+
+
+def _kept(job: Job, states: int) -> str:
+    tokens = job.settings.tokens
+    what = "means of documents" if tokens.pool in MEANS else "tokens"
+    return f"{states:,} {what}" + (", less those left out for their norm" if tokens.max_norm is not None else "")
 
 
 def _stage_rows(job: Job) -> list[tuple[str, ...]]:

@@ -2,14 +2,12 @@
 
 import hashlib
 
-import numpy as np
-
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument
 
 
 class DataFingerprint:
-    """sha256 over document ids and token ids, in order, and over masks where they choose what is kept. Where the
-    documents came from is left out."""
+    """sha256 over document ids and token ids, in order. Where the documents came from is left out, and so are masks:
+    what they choose stands in the token table itself, which has a hash of its own."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -21,9 +19,6 @@ class DataFingerprint:
         self._hash.update(len(name).to_bytes(8, "little") + name)
         self._hash.update(len(document.token_ids).to_bytes(8, "little"))
         self._hash.update(document.token_ids.astype("<i4").tobytes())
-        if document.mask is not None:
-            # No name is as long as this says, so that a mask is never taken for the next document.
-            self._hash.update(b"\xff" * 8 + document.mask.astype(np.uint8).tobytes())
 
     def hexdigest(self) -> str:
         """The hash of all documents so far."""

@@ -101,6 +101,7 @@ class Part:
     lines: FileEntry
     data: Mapping[str, Any] = field(default_factory=dict)
     kept: int | None = None
+    weighted: bool = False
     selection: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,11 +117,14 @@ class Part:
             lines=FileEntry.parse(fields.nested("documents_file")),
             data=fields.mapping("data"),
             kept=fields.integer("kept") if "kept" in fields else None,
+            weighted=fields.boolean("weighted") if "weighted" in fields else False,
             selection=fields.mapping("selection") if "selection" in fields else None,
             extra=fields.rest(),
         )
         if part.kept is not None and part.kept > part.rows:
             raise fields.error("kept", f"must be at most {part.rows}, the part's rows", part.kept)
+        if part.kept is None and part.weighted:
+            raise fields.error("weighted", "must stand beside `kept`", True)
         if part.kept is None and part.selection is not None:
             raise fields.error("selection", "must stand beside `kept`", part.selection)
         return part
@@ -136,6 +140,7 @@ class Part:
             "documents_file": self.lines.as_dict(),
             "data": dict(self.data),
             **({} if self.kept is None else {"kept": self.kept}),
+            **({"weighted": True} if self.weighted else {}),
             **({} if self.selection is None else {"selection": dict(self.selection)}),
             **self.extra,
         }

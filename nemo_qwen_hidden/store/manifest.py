@@ -25,6 +25,7 @@ POOLINGS = ("last", *MEANS)
 _SINCE_VERSION_2 = {
     "pooling": "",
     "kept": "parts",
+    "weighted": "parts",
     "selection": "parts",
     "shape": "hook_points",
     "heads": "hook_points",
@@ -35,10 +36,9 @@ _SINCE_VERSION_2 = {
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """hidden_size: H. compute_dtype: what the model ran in, a name for people. stored_dtype: one of ``format.DTYPES``.
-    pooling: how the states of a document, or of a window of one, were made one; None where they were not. final_norm:
-    the file with the weight of the model's final norm, None where it is not known. model, tokenizer: what made the
-    states. producers: who, how and when, one for each job that worked on the store (JSON values). extra: fields that
-    this release does not know."""
+    pooling: how the states of a document were made one; None where they were not. final_norm: the file with the weight
+    of the model's final norm, None where it is not known. model, tokenizer: what made the states. producers: who, how
+    and when, one for each job that worked on the store (JSON values). extra: fields that this release does not know."""
 
     hidden_size: int
     compute_dtype: str

@@ -7,6 +7,7 @@ COLUMNS = ("token_id", "document", "position")
 FIRST_ROW = "document_first_row"
 KEPT = "kept"  # of a table some of whose rows alone have states
 KEPT_BYTES = 8  # of each of those
+WEIGHT = "weight"  # of each row in the mean of its document, of a table whose documents' states are means
 
 
 def table_name(part: int) -> str:

@@ -32,6 +32,8 @@ def test_the_keys_are_these() -> None:
         "parallel.pipeline_layout",
         "capture.hook_points",
         "capture.gather",
+        "capture.heads",
+        "capture.most_attention_gb",
         "precision.compute",
         "precision.stored",
         "precision.nonfinite",

@@ -32,23 +32,3 @@ def test_it_follows_ids_tokens_and_order_and_nothing_else() -> None:
         fingerprint(),
     ]
     assert len({reference, *others}) == 1 + len(others)
-
-
-def masked(*documents: tuple[str, list[int], list[bool] | None]) -> str:
-    found = DataFingerprint()
-    for name, ids, mask in documents:
-        given = None if mask is None else np.array(mask, np.bool_)
-        found.update(TokenizedDocument(name, "s", np.array(ids, np.int32), given))
-    return found.hexdigest()
-
-
-def test_it_follows_masks_where_they_are_used() -> None:
-    plain = fingerprint(("a", [1, 2]), ("b", [3]))
-    assert masked(("a", [1, 2], None), ("b", [3], None)) == plain
-    others = [
-        masked(("a", [1, 2], [True, False]), ("b", [3], [True])),
-        masked(("a", [1, 2], [True, True]), ("b", [3], [True])),
-        masked(("a", [1, 2], None), ("b", [3], [True])),
-        masked(("a", [1, 2], [True, True]), ("b", [3], None)),
-    ]
-    assert len({plain, *others}) == 1 + len(others)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_qwen_hidden import target
-from nemo_qwen_hidden.config import CaptureSettings, DataSettings, Settings, StoreSettings
+from nemo_qwen_hidden.config import CaptureSettings, DataSettings, Settings, StoreSettings, TokenSettings
 from nemo_qwen_hidden.errors import StoreError, UserError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job, prepare
@@ -21,11 +21,14 @@ SITES = ("q@1", "k@1", "attn_weights@1", "mlp_act@1", "resid_post@1", "final_nor
 RULE = {"every": 2}
 
 
-def job_of(folder: Path, points: Sequence[str] = SITES, **store: Any) -> Job:
+def job_of(
+    folder: Path, points: Sequence[str] = SITES, *, heads: Sequence[str] = (), pool: str = "none", **store: Any
+) -> Job:
     (folder / "data.jsonl").write_text('{"token_ids": [1, 2, 3, 4, 5]}\n')
     asked = Settings(
         data=DataSettings(path=str(folder / "data.jsonl"), max_tokens=5),
-        capture=CaptureSettings(hook_points=tuple(points)),
+        capture=CaptureSettings(hook_points=tuple(points), heads=tuple(heads)),
+        tokens=TokenSettings(pool=pool),
         store=StoreSettings(path=str(folder / "store"), shard_rows=2, **store),
     )
     return prepare(asked, world=None, for_store=True)
@@ -39,14 +42,14 @@ def part_of(**changes: Any) -> Part:
     return Part(**(given | {"selection": RULE, "tokens": file, "lines": lines, "data": data} | changes))
 
 
-def new(job: Job, part: Part | None = None, **options: Any) -> Manifest:
-    return target.new(job, part or part_of(), model_of(job), None, norm_file_of(job), **options)
+def new(job: Job, part: Part | None = None) -> Manifest:
+    return target.new(job, part or part_of(), model_of(job), None, norm_file_of(job))
 
 
 def test_shapes_are_the_models(tmp_path: Path) -> None:
-    job = job_of(tmp_path)
+    job = job_of(tmp_path, heads=("3", "1"))
     shape = job.architecture.shape
-    made = new(job, heads=(3, 1))
+    made = new(job)
     assert {str(entry.point): entry.shape for entry in made.hook_points} == {
         "q@1": (shape.num_heads, shape.head_dim),
         "k@1": (shape.num_query_groups, shape.head_dim),
@@ -55,7 +58,7 @@ def test_shapes_are_the_models(tmp_path: Path) -> None:
         "resid_post@1": (shape.hidden_size,),
         "final_norm": (shape.hidden_size,),
     }
-    assert [entry.heads for entry in made.hook_points] == [None, None, (3, 1), None, None, None]
+    assert [entry.heads for entry in made.hook_points] == [None, None, (1, 3), None, None, None]
     assert (made.states, made.grid.shards, made.parts[0].selection, made.version) == (3, 2, RULE, 2)
 
 
@@ -63,10 +66,10 @@ def test_plain_jobs_make_version_1(tmp_path: Path) -> None:
     assert new(job_of(tmp_path, ["resid_post@1"]), part_of(kept=None, selection=None)).version == 1
 
 
-@pytest.mark.parametrize(("pooling", "divisor"), [(None, True), ("last", True), ("mean", False)])
-def test_a_mean_has_no_divisor(tmp_path: Path, pooling: str | None, divisor: bool) -> None:
-    made = new(job_of(tmp_path), pooling=pooling)
-    assert (made.pooling, made.entry(HookPoint("final_norm")).divisor) == (pooling, divisor)
+@pytest.mark.parametrize(("pooling", "divisor"), [("none", True), ("last", True), ("mean", False)])
+def test_a_mean_has_no_divisor(tmp_path: Path, pooling: str, divisor: bool) -> None:
+    made = new(job_of(tmp_path, ["resid_post@1", "final_norm"], pool=pooling))
+    assert (made.pooling or "none", made.entry(HookPoint("final_norm")).divisor) == (pooling, divisor)
 
 
 def test_hook_points_are_added_to_the_kept_rows(tmp_path: Path) -> None:
@@ -86,9 +89,9 @@ def test_documents_are_added_after_the_kept_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        (part_of(selection={"every": 3}), r"`selection` must be \{'every': 2\}, as .*, but is \{'every': 3\} instead"),
-        (part_of(selection=None), r"`selection` must be \{'every': 2\}, as .*, but is 'some rows' instead"),
-        (part_of(kept=None, selection=None), r"`selection` must be \{'every': 2\}, as .*, but is 'all rows' instead"),
+        (part_of(selection={"every": 3}), r"`tokens` must be \{'every': 2\}, as .*, but is \{'every': 3\} instead"),
+        (part_of(selection=None), r"`tokens` must be \{'every': 2\}, as .*, but is 'some rows' instead"),
+        (part_of(kept=None, selection=None), r"`tokens` must be \{'every': 2\}, as .*, but is 'all rows' instead"),
     ],
 )
 @pytest.mark.parametrize("data", ["a", "b"])
@@ -105,17 +108,18 @@ def test_the_same_rule_has_to_keep_the_same_rows(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     found = Found(finished=None, unfinished=new(job), begun="begun today")
     other = part_of(tokens=FileEntry(file="tokens/000000.safetensors", bytes=1, sha256="1" * 64))
-    with pytest.raises(StoreError, match=r"`selection` must keep the rows that it kept \(3 of them\), as in the unfin"):
+    with pytest.raises(StoreError, match=r"`tokens` must keep the rows that it kept \(3 of them\), as in the unfin"):
         target.check_data(job, found, other, None)
 
 
 def test_other_poolings_and_heads_are_refused(tmp_path: Path) -> None:
+    asked = job_of(tmp_path, heads=("1", "3"), pool="last")
+    found = Found(finished=None, unfinished=new(asked), begun="begun today")
+    target.check_settings(asked, found, model_of(asked))
     job = job_of(tmp_path)
-    found = Found(finished=None, unfinished=new(job, pooling="last", heads=(3, 1)), begun="begun today")
-    target.check_settings(job, found, model_of(job), pooling="last", heads=(3, 1))
     with pytest.raises(UserError) as caught:
         target.check_settings(job, found, model_of(job))
     first, second = str(caught.value).splitlines()
-    assert first.startswith("`pooling` must be last, as in the unfinished store at")
-    assert second.startswith("`heads of attn_weights@1` must be [3,1], as in the unfinished store at")
+    assert first.startswith("`tokens.pool` must be last, as in the unfinished store at")
+    assert second.startswith("`capture.heads` must be [1,3], as in the unfinished store at")
     assert second.endswith("but is 'all' instead.")

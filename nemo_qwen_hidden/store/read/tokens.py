@@ -21,7 +21,7 @@ from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.read.columns import JoinedColumn
 from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Column, Folder, Source
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, WEIGHT
 
 _SCAN_BYTES = 1 << 22
 _INT32: np.dtype[Any] = np.dtype(np.int32)
@@ -100,6 +100,11 @@ class PartTokens:
     def row_of_state(self) -> Column:
         """int64 [K states], the row of each; of a part whose rows are not all kept."""
         return self._columns[KEPT]
+
+    @property
+    def weight(self) -> Column:
+        """float32 [N rows], what each row weighs in the mean of its document; of a part whose states are means."""
+        return self._columns[WEIGHT]
 
     @property
     def states(self) -> int:
@@ -186,9 +191,12 @@ class PartTokens:
         expected: dict[str, Any] = {**{name: ("int32", 1) for name in COLUMNS}, FIRST_ROW: ("int64", 1)}
         if part.kept is not None:
             expected[KEPT] = ("int64", 1)
+        if part.weighted:
+            expected[WEIGHT] = ("float32", 1)
         if layout != expected:
             raise StoreError(file, f"must hold the columns {expected}", layout)
-        if any(len(self._columns[name]) != self.rows for name in COLUMNS) or self.documents < 0:
+        by_row = [name for name in layout if name not in (KEPT, FIRST_ROW)]
+        if any(len(self._columns[name]) != self.rows for name in by_row) or self.documents < 0:
             raise StoreError(file, "must hold columns of one length", {k: len(v) for k, v in self._columns.items()})
         if (part.rows, part.documents) != (self.rows, self.documents):
             rule = f"must hold {part.rows} rows of {part.documents} documents, as the manifest says"
@@ -343,6 +351,12 @@ class TokenTable:
         """The states of the kept rows of ``document``; IndexError where there is none of that number."""
         rows = self.document_rows(document)
         return self.states_of(rows.start, len(rows))
+
+    @cached_property
+    def weight(self) -> JoinedColumn:
+        """float32 [N rows], what each row weighs in the mean of its document; of a store whose states are means."""
+        columns = [partial(self._column_of, part, "weight") for part in range(len(self._parts))]
+        return JoinedColumn(columns, self._first_rows, dtype=np.dtype(np.float32))
 
     @cached_property
     def _row_of_state(self) -> JoinedColumn:

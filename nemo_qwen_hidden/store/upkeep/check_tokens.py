@@ -18,7 +18,17 @@ from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.header import Header, TensorSpec, read_header
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, KEPT_BYTES, lines_name, table_name
+from nemo_qwen_hidden.store.table import (
+    COLUMNS,
+    FIRST_ROW,
+    KEPT,
+    KEPT_BYTES,
+    lines_name,
+    table_name,
+)
+from nemo_qwen_hidden.store.table import (
+    WEIGHT as ROW_WEIGHT,
+)
 from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, CheckedFile, digest_problem
 
 _DOCUMENTS_AT_ONCE = 1 << 16
@@ -54,6 +64,7 @@ class TableCheck:
         elif full:
             yield from self._column_problems(file, header)
             yield from self._kept_problems(file, header)
+            yield from self._weight_problems(file, header)
 
     def lines_problems(self, file: CheckedFile, table: CheckedFile | None, *, full: bool) -> Iterator[str]:
         """What is wrong with the lines about documents, in words.
@@ -109,6 +120,14 @@ class TableCheck:
             previous = int(rows[-1])
         if previous >= self._part.rows:
             yield f"{KEPT} must hold rows below {self._part.rows}, but ends with {previous}"
+
+    def _weight_problems(self, file: CheckedFile, header: Header) -> Iterator[str]:
+        """Whether each row's weight in a mean is at least 0; their sums are not checked."""
+        for start in range(0, self._part.rows if self._part.weighted else 0, _ROWS_AT_ONCE):
+            weight = _column(file, header, ROW_WEIGHT, start, min(_ROWS_AT_ONCE, self._part.rows - start)).view("<f4")
+            if not (np.isfinite(weight).all() and (weight >= 0).all()):
+                yield f"{ROW_WEIGHT} must be finite and at least 0"
+                return
 
     def _row_problem(
         self, file: CheckedFile, header: Header, rows: range, document: int, first_row: NDArray[np.int64]
@@ -227,6 +246,8 @@ def _table_layout(part: Part) -> dict[str, TensorSpec]:
     layout = {FIRST_ROW: TensorSpec(dtype="I64", shape=(part.documents + 1,))}
     if part.kept is not None:
         layout[KEPT] = TensorSpec(dtype="I64", shape=(part.kept,))
+    if part.weighted:
+        layout[ROW_WEIGHT] = TensorSpec(dtype="F32", shape=(part.rows,))
     return layout | {name: TensorSpec(dtype="I32", shape=(part.rows,)) for name in COLUMNS}
 
 

@@ -130,6 +130,11 @@ def staging(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a store at ``path``, finished or not."""
+    return (path / MANIFEST).exists() or (path / MARKER).exists()
+
+
 def find(path: Path) -> Found:
     """What is there; called while ``locked``.
 

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.store.entries import FileEntry, Part
 from nemo_qwen_hidden.store.files import naming_full_disk, sync_folder
 from nemo_qwen_hidden.store.format import TEMPORARY, TOKENS
 from nemo_qwen_hidden.store.header import TensorSpec, build_header
-from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, lines_name, table_name
+from nemo_qwen_hidden.store.table import COLUMNS, FIRST_ROW, KEPT, WEIGHT, lines_name, table_name
 
 _BUFFER_BYTES = 1 << 20
 _MOST_DOCUMENTS = 2**31 - 1
@@ -39,11 +39,14 @@ class TokenTableWriter:
         self._table, self._lines = table_name(part), lines_name(part)
         (folder / TOKENS).mkdir(exist_ok=True)
         prefix = self._table.removesuffix("safetensors")
-        self._paths = {name: folder / f"{prefix}{name}{TEMPORARY}" for name in (*COLUMNS, FIRST_ROW, KEPT)}
+        self._paths = {
+            name: folder / f"{prefix}{name}{TEMPORARY}" for name in (*COLUMNS, FIRST_ROW, KEPT, WEIGHT, WEIGHT)
+        }
         self._paths |= {name: folder / (name + TEMPORARY) for name in (self._lines, self._table)}
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = self._states = 0
         self._selects: bool | None = None  # as the first document says
+        self._weighs: bool | None = None
         self._part: Part | None = None
         with ExitStack() as stack:
             for name, path in self._paths.items():
@@ -58,6 +61,7 @@ class TokenTableWriter:
         source: str,
         token_ids: NDArray[np.int32],
         kept: NDArray[np.int64] | None = None,
+        weight: NDArray[np.float32] | None = None,
     ) -> None:
         """Adds one document; its rows follow those of the document before.
 
@@ -66,6 +70,7 @@ class TokenTableWriter:
             token_ids: int32 [tokens]; may be empty.
             kept: int64 [kept tokens], the places in the document, in order, of the tokens whose states are stored;
                 None where all are. None of all documents, or of none.
+            weight: float32 [tokens], what each weighs in the document's mean; of all documents, or of none.
 
         Raises:
             ValueError: token_ids is not a one-dimensional int32 array, or kept not one of ascending places in it, or
@@ -79,6 +84,10 @@ class TokenTableWriter:
             raise ValueError("kept must be given with every document of a part, or with none")
         if kept is not None:
             _check_kept(kept, len(token_ids))
+        if self._weighs not in (None, weight is not None):
+            raise ValueError("weight must be given with every document of a part, or with none")
+        if weight is not None and (weight.dtype != np.float32 or weight.shape != token_ids.shape or kept is None):
+            raise ValueError(f"weight must be float32 {list(token_ids.shape)}, beside kept")
         if self._documents == _MOST_DOCUMENTS:
             raise StoreError("data.path", f"must hold at most {_MOST_DOCUMENTS} documents", self._documents + 1)
         count = len(token_ids)
@@ -91,8 +100,10 @@ class TokenTableWriter:
             if kept is not None:
                 self._write(KEPT, kept + self._rows)
                 self._states += len(kept)
+            if weight is not None:
+                self._write(WEIGHT, weight)
             self._files[self._lines].write(line.encode())
-        self._selects = kept is not None
+        self._selects, self._weighs = kept is not None, weight is not None
         self._rows += count
         self._documents += 1
 
@@ -119,7 +130,7 @@ class TokenTableWriter:
         else:
             self._drop()
 
-    def _write(self, column: str, values: NDArray[np.int32] | NDArray[np.int64]) -> None:
+    def _write(self, column: str, values: NDArray[np.int32] | NDArray[np.int64] | NDArray[np.float32]) -> None:
         self._files[column].write(np.ascontiguousarray(values).data)
 
     def _assemble(self) -> Part:
@@ -127,6 +138,8 @@ class TokenTableWriter:
         tensors = {FIRST_ROW: TensorSpec(dtype="I64", shape=(self._documents + 1,))}  # first: keeps it aligned to 8
         if self._selects:
             tensors[KEPT] = TensorSpec(dtype="I64", shape=(self._states,))
+        if self._weighs:
+            tensors[WEIGHT] = TensorSpec(dtype="F32", shape=(self._rows,))
         tensors |= {name: TensorSpec(dtype="I32", shape=(self._rows,)) for name in COLUMNS}
         start, _ = build_header(tensors, {})
         table, lines = self._files[self._table], self._files[self._lines]
@@ -150,6 +163,7 @@ class TokenTableWriter:
             tokens=entries[self._table],
             lines=entries[self._lines],
             kept=self._states if self._selects else None,
+            weighted=bool(self._weighs),
         )
 
     def _entry(self, name: str) -> FileEntry:
