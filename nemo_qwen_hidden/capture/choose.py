@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.capture.rows import Choice
+from nemo_qwen_hidden.config import MEANS
 from nemo_qwen_hidden.errors import ConfigError
+from nemo_qwen_hidden.plan.pooling import weights
 
-POOLS = ("last", "mean", "weighted_mean")
+POOLS = ("last", *MEANS)
 
 
 def choice_of(lengths: Sequence[int], mask: Tensor | None, pool: str | None, *, tokens: int) -> Choice | None:
@@ -36,11 +38,11 @@ def choice_of(lengths: Sequence[int], mask: Tensor | None, pool: str | None, *, 
         return Choice(kept=lambda row, length: flat[row : row + length].nonzero()[:, 0].tolist())
     starts = list(accumulate(lengths, initial=0))[:-1]
 
-    def weights(row: int, length: int) -> Tensor | None:
+    def weights_at(row: int, length: int) -> Tensor | None:
         position = row - starts[bisect_right(starts, row) - 1]
         return weights_of(flat[row : row + length], pool, position)
 
-    return Choice(weights=weights)
+    return Choice(weights=weights_at)
 
 
 def weights_of(kept: Tensor, pool: str, position: int = 0) -> Tensor | None:
@@ -49,9 +51,9 @@ def weights_of(kept: Tensor, pool: str, position: int = 0) -> Tensor | None:
     places = kept.nonzero()[:, 0]
     if not len(places):
         return None
-    weights = torch.zeros(len(kept), dtype=torch.float64)
+    found = torch.zeros(len(kept))
     if pool == "last":
-        weights[places[-1]] = 1
+        found[places[-1]] = 1
     else:
-        weights[places] = 1.0 if pool == "mean" else (places + position + 1).double()
-    return (weights / weights.sum()).float()
+        found[places] = torch.from_numpy(weights(pool, (places + position).numpy())).float()
+    return found

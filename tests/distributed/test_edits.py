@@ -391,3 +391,33 @@ def test_chosen_tokens_and_means_are_those_of_everything(
 
 def _close(ours: np.ndarray, theirs: np.ndarray) -> None:
     np.testing.assert_allclose(ours.ravel(), theirs, rtol=1e-5, atol=1e-5 * float(np.abs(theirs).max()))
+
+
+def copied(rank: Rank, topology: Topology, folder: Path, batch: Batch, masks: list[torch.Tensor | None]) -> list[int]:
+    """Bytes of the copies that this rank's hooks make of a residual and of a split site, for each mask."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    found = []
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        for mask in masks:
+            states = model.hidden_states(
+                batch.input_ids, lengths=batch.lengths, hook_points=["resid_mid@1", "q@1"], mask=mask, gather="none"
+            )
+            found.append(sum(each.values.nbytes for each in states.values()))
+    return found
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2), Topology(tp=2, cp=2, sp=True)], ids=str)
+def test_bytes_copied_fall_with_the_tokens_kept(
+    start_ranks: Start, tiny_folders: dict[Tiny, Path], topology: Topology
+) -> None:
+    batch = ragged_batch((64, 64))
+    everything = torch.ones(2, 64, dtype=torch.bool)
+    eighth = (torch.arange(64) % 8 == 3).expand(2, -1)
+    one = torch.arange(64) == torch.tensor([[5], [60]])
+    masks = [None, everything, eighth, one]
+    ranks = start_ranks(topology.world, copied, topology, tiny_folders[TIED], batch, masks)
+    assert np.sum(ranks, axis=0).tolist() == [tokens * (HIDDEN + 64) * 4 for tokens in (128, 128, 16, 2)]
