@@ -48,6 +48,9 @@ GPU = ["nvidia-ml-py>=12"]
 # Stores on other file systems (s3://, gs://, ...), each with the package that fsspec asks for, such as s3fs or obstore.
 REMOTE = ["fsspec>=2024.12"]
 
+# What tests/lens compares every site with; 3.3 asks for transformers 5.
+LENS = ["transformer_lens>=3.2,<3.3"]
+
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.3",
@@ -85,6 +88,6 @@ setup(
     package_data={PACKAGE: ["py.typed", "demo/*.jsonl", "demo/model/*"], f"{PACKAGE}.conf": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["nemo-qwen-hidden = nemo_qwen_hidden.cli.main:main"]},
     install_requires=REQUIRES,
-    extras_require={"gpu": GPU, "remote": REMOTE, "dev": DEV},
+    extras_require={"gpu": GPU, "remote": REMOTE, "lens": LENS, "dev": DEV},
     zip_safe=False,
 )

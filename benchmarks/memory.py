@@ -150,7 +150,7 @@ def report_growth(tokens: int, job: Job, overrides: list[str], folder: Path) -> 
     small, large = found
     ratios = (large.largest.own / small.largest.own, large.starter.own / small.starter.own)
     print(f"{'ratio':>14}{ratios[0]:18.3f}{ratios[1]:33.3f}")
-    weights = max(job.rank_bytes(stage)[0] for stage in range(job.topology.pp))
+    weights = max(job.rank_bytes(stage).weights for stage in range(job.topology.pp))
     print(f"weights of a rank: {weights / MB:.1f} MB, {weights / small.largest.growth:.0%} of its growth")
 
 

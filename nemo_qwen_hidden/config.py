@@ -5,7 +5,7 @@ Units are in the names: ``_tokens``, ``_rows``. Nothing below the command line s
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.topology import Topology
@@ -36,6 +36,8 @@ class ParallelSettings:
     """Ranks along each axis, see ``Topology``. ``dp`` None: as many replicas as fill the ranks there are, else 1.
 
     The rest says how layers are divided into stages where they are not divided evenly, see ``plan.stages.Split``.
+    auto: the layout is chosen instead, see ``plan.auto``. memory_gb: for that, what each rank may use; None stands for
+    what is there, see ``parallel.machine``.
     """
 
     tp: int = 1
@@ -49,6 +51,8 @@ class ParallelSettings:
     account_for_embedding: bool = False
     account_for_loss: bool = False
     pipeline_layout: str | None = None
+    auto: bool = False
+    memory_gb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,7 @@ def check(settings: Settings) -> None:
     if settings.store.add is not None and settings.store.overwrite:
         problems.append(ConfigError("store.overwrite", "must be false where `store.add` adds to a store", True))
     problems += _token_problems(settings.tokens)
+    problems += _automatic_problems(settings.parallel)
     try:
         parallel = settings.parallel
         Topology(
@@ -271,3 +276,17 @@ def _slice(span: str) -> slice:
     if stop is not None and (stop == 0 or (low >= stop and (low < 0) == (stop < 0))):
         raise ConfigError("tokens.spans", "must hold slices with a position in them", span)
     return slice(start, stop)
+
+
+def _automatic_problems(parallel: ParallelSettings) -> list[UserError]:
+    if not parallel.auto:
+        rule = "must be left out where `parallel.auto` is false"
+        return [] if parallel.memory_gb is None else [ConfigError("parallel.memory_gb", rule, parallel.memory_gb)]
+    problems: list[UserError] = []
+    for each in fields(parallel):
+        if each.name not in ("auto", "memory_gb") and getattr(parallel, each.name) != each.default:
+            rule = "must be left out where `parallel.auto` chooses the layout"
+            problems.append(ConfigError(f"parallel.{each.name}", rule, getattr(parallel, each.name)))
+    if parallel.memory_gb is not None and not 0 < parallel.memory_gb < math.inf:
+        problems.append(ConfigError("parallel.memory_gb", "must be above 0", parallel.memory_gb))
+    return problems

@@ -18,7 +18,9 @@ from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, deepest, expand, heads_of
-from nemo_qwen_hidden.plan.footprint import activation_bytes, weight_bytes
+from nemo_qwen_hidden.parallel.machine import find_machine
+from nemo_qwen_hidden.plan.auto import Choice, choose
+from nemo_qwen_hidden.plan.cost import Need, Work, stage_need
 from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.plan.outliers import norm_point
 from nemo_qwen_hidden.plan.shapes import state_shape
@@ -35,6 +37,7 @@ class Job:
     model_folder, data_path: on this machine. points: ordered by depth. stages: layer indices of every pipeline stage;
     unless the settings say how the whole model is divided, these are the layers up to the deepest hook point alone.
     norms_only: whether the norm of each state is stored instead of the state.
+    work: what plans of memory and time are made from. choice: why this layout, where ``parallel.auto`` chose it.
     """
 
     settings: Settings
@@ -44,8 +47,10 @@ class Job:
     points: tuple[HookPoint, ...]
     topology: Topology
     stages: tuple[range, ...]
+    work: Work
     batching: Batching
     norms_only: bool = False
+    choice: Choice | None = None
 
     @property
     def num_layers(self) -> int:
@@ -100,19 +105,9 @@ class Job:
         store = Path(os.path.abspath(self.store_path))
         return store.with_name(f"{store.name}.log")
 
-    def rank_bytes(self, stage: int) -> tuple[int, int]:
-        """Bytes of weights, and an upper estimate of activations, of a rank of this stage."""
-        shape, itemsize = self.architecture.shape, BYTES[self.settings.precision.compute]
-        weights = weight_bytes(
-            shape,
-            layers=len(self.stages[stage]),
-            tp=self.topology.tp,
-            first=stage == 0,
-            final_norm=self.final_norm and stage == len(self.stages) - 1,
-            itemsize=itemsize,
-        )
-        tokens = max(self.batching.batch_tokens, self.batching.max_tokens)
-        return weights, activation_bytes(shape, tokens=tokens, tp=self.topology.tp, itemsize=itemsize)
+    def rank_bytes(self, stage: int) -> Need:
+        """Bytes of a rank for this stage."""
+        return stage_need(stage, self.stages, self.topology, self.work)
 
     def points_of(self, stage: int) -> tuple[HookPoint, ...]:
         """Hook points that are seen on this stage."""
@@ -130,14 +125,22 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         UserError: the first thing that stands in the way, or ``ConfigErrors`` with several.
     """
     check(settings)
-    parallel = settings.parallel
     folder = locate(settings.model.path)
     architecture = read_architecture(folder)
     shape = architecture.shape
     points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
     num_layers = max(1, deepest(points, shape.num_layers)) if _split(settings).even else shape.num_layers
-    dp = resolve_dp(tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, dp=parallel.dp, world=world)
-    topology = Topology(tp=parallel.tp, pp=parallel.pp, vp=parallel.vp, cp=parallel.cp, dp=dp, sp=parallel.sp)
+    max_tokens = settings.data.max_tokens or architecture.max_positions
+    work = Work(
+        shape=shape,
+        layers=num_layers,
+        points=points,
+        batch_tokens=settings.data.batch_tokens,
+        max_tokens=max_tokens,
+        itemsize=BYTES[settings.precision.compute],
+    )
+    choice = choose(work, find_machine(settings, world=world)) if settings.parallel.auto else None
+    topology = _asked_topology(settings, world) if choice is None else choice.topology
     problems = _problems(settings, architecture, topology)
     try:
         heads_of(settings.capture.heads, shape.num_heads)
@@ -153,7 +156,6 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     except ConfigError as problem:
         problems.append(problem)
     raise_all(problems)
-    max_tokens = settings.data.max_tokens or architecture.max_positions
     architecture.require_length(max_tokens, "data.max_tokens")
     TensorFiles.of(folder).check(shape)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
@@ -175,7 +177,9 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         points=points,
         topology=topology,
         stages=stages,
+        work=work,
         batching=batching,
+        choice=choice,
     )
     if for_store:
         check_target(job.store_path)
@@ -204,6 +208,12 @@ def _fields(settings: Settings) -> dict[str, Any]:
         "id_field": data.id_field,
         "mask_field": settings.tokens.mask_field,
     }
+
+
+def _asked_topology(settings: Settings, world: int | None) -> Topology:
+    asked = settings.parallel
+    dp = resolve_dp(tp=asked.tp, pp=asked.pp, cp=asked.cp, dp=asked.dp, world=world)
+    return Topology(tp=asked.tp, pp=asked.pp, vp=asked.vp, cp=asked.cp, dp=dp, sp=asked.sp)
 
 
 def _problems(settings: Settings, architecture: Architecture, topology: Topology) -> list[UserError]:

@@ -201,6 +201,7 @@ def _extract(parsed: argparse.Namespace) -> int:
     from nemo_qwen_hidden.parallel.launch import is_first_rank
 
     with Terminal(quiet=parsed.quiet or not is_first_rank()) as terminal:
+        show.choice(job, terminal)
         summary = runner.run_job(job, terminal)
         if summary is not None:
             show.summary(summary, terminal)

@@ -6,6 +6,7 @@ from nemo_qwen_hidden.data.tokenize import require_tokens
 from nemo_qwen_hidden.extract import Summary, disk_bytes
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.part import state_counts
+from nemo_qwen_hidden.plan.auto import Choice
 from nemo_qwen_hidden.store.format import human_bytes
 from nemo_qwen_hidden.store.manifest import Manifest
 
@@ -54,9 +55,32 @@ def plan(job: Job, terminal: Terminal) -> None:
         states = min(states, sample)
     facts = _plan_rows(job, documents=documents, rows=rows, windows=windows, states=states)
     terminal.table(facts, "plan")
+    if job.choice is not None:
+        terminal.table(job.choice.reasons, "why this layout")
+        terminal.grid(("instead", "a rank", "time", "why not"), _instead_rows(job.choice), "its neighbours")
     terminal.grid(
-        ("stage", "layers", "hook points", "weights", "activations"), _stage_rows(job), "each rank of a stage"
+        ("stage", "layers", "hook points", "weights", "while it runs"), _stage_rows(job), "each rank of a stage"
     )
+
+
+def choice(job: Job, terminal: Terminal) -> None:
+    """Why this layout, where it was chosen; at the start of ``extract``."""
+    if job.choice is not None:
+        terminal.note(f"layout {job.topology}, by parallel.auto; plan shows its neighbours")
+        for about, reason in job.choice.reasons:
+            terminal.note(f"  {about}: {reason}")
+
+
+def _instead_rows(choice: Choice) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(each.topology),
+            "-" if each.need_bytes is None else human_bytes(each.need_bytes),
+            "-" if each.times is None else f"x {each.times:.2f}",
+            each.why,
+        )
+        for each in choice.rejected
+    ]
 
 
 def _plan_rows(job: Job, *, documents: int, rows: int, windows: int, states: int) -> Facts:
@@ -87,14 +111,14 @@ def _kept(job: Job, states: int) -> str:
 def _stage_rows(job: Job) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for stage, layers in enumerate(job.stages):
-        weights, activations = job.rank_bytes(stage)
+        need = job.rank_bytes(stage)
         rows.append(
             (
                 str(stage) if job.topology.vp == 1 else f"{stage}, rank {stage % job.topology.pp}",
                 f"{layers.start} to {layers.stop - 1}" if layers else "none",
                 _some([str(point) for point in job.points_of(stage)]),
-                human_bytes(weights),
-                f"up to {human_bytes(activations)}",
+                human_bytes(need.weights),
+                f"up to {human_bytes(need.activations + need.states)}",
             )
         )
     return rows

@@ -59,7 +59,8 @@ def process_groups(
     ``rendezvous`` goes with ``rank``: a file that does not exist yet, on a disk that all ranks share.
 
     Raises:
-        ConfigError: the ranks that there are do not match the topology, or process groups exist already.
+        ConfigError: the ranks that there are do not match the topology, or have different ones, or process groups exist
+            already.
     """
     if dist.is_initialized():
         raise ConfigError(
@@ -166,11 +167,23 @@ def one_rank() -> ProcessGroups:
     return groups
 
 
+def _require_agreement(topology: Topology) -> None:
+    """Ranks with different layouts would wait for each other while groups are made. Collective over all ranks."""
+    layouts: list[str] = [""] * topology.world
+    dist.all_gather_object(layouts, str(topology))
+    others = sorted(set(layouts) - {str(topology)})
+    if others:
+        raise ConfigError(
+            "parallel", f"must be the same on every rank (others have {', '.join(others)})", str(topology)
+        )
+
+
 def _make_groups(topology: Topology, timeout_secs: float) -> ProcessGroups:
     if dist.get_world_size() != topology.world:
         raise ConfigError(
             "parallel", f"must multiply to the number of ranks started ({dist.get_world_size()})", str(topology)
         )
+    _require_agreement(topology)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tp,
         pipeline_model_parallel_size=topology.pp,

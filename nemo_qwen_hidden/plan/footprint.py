@@ -43,7 +43,22 @@ def weight_bytes(shape: DecoderShape, *, layers: int, tp: int, first: bool, fina
     return parameters * itemsize
 
 
-def activation_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int) -> int:
-    """Upper estimate of what one layer has alive at its widest, for ``tokens`` (S x B) tokens on a rank: the
-    residual, its norm, gate-and-up, the gated activation and its input."""
-    return tokens * (3 * shape.hidden_size + 4 * (shape.ffn_hidden_size // tp)) * itemsize
+def activation_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int, sp: bool = False) -> int:
+    """Upper estimate of what one layer has alive at its widest, for ``tokens`` (C x B) tokens on a rank: five states
+    (the residual stream, its norm, and outputs that are still referred to), gate-and-up, and the three steps from there
+    to the gated activation, of which kernels that fuse them have fewer. Under ``sp`` the five are of the rank's own
+    tokens, and three more are of all: what is gathered, and what is summed before and after."""
+    states = 3 + -(-5 // tp) if sp else 5
+    return tokens * (states * shape.hidden_size + 5 * (shape.ffn_hidden_size // tp)) * itemsize
+
+
+def gathered_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int) -> int:
+    """Upper estimate of keys and values of all ``tokens`` (S x B) on each rank of a cp group: as they come, in the
+    order of the sequence, and in what attention makes of them."""
+    return 4 * tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * itemsize
+
+
+def travelling_bytes(shape: DecoderShape, *, tokens: int, itemsize: int) -> int:
+    """Upper estimate of what a pipeline stage holds of states that come and go, for ``tokens`` tokens of a microbatch:
+    the one that came, the next, and three that are sent or about to be."""
+    return 5 * tokens * shape.hidden_size * itemsize

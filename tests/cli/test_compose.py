@@ -30,6 +30,8 @@ def test_the_keys_are_these() -> None:
         "parallel.account_for_embedding",
         "parallel.account_for_loss",
         "parallel.pipeline_layout",
+        "parallel.auto",
+        "parallel.memory_gb",
         "capture.hook_points",
         "capture.gather",
         "capture.heads",
@@ -68,7 +70,7 @@ def test_the_keys_are_these() -> None:
 def test_the_presets_are_these() -> None:
     assert {group: known.presets(group) for group in known.groups()} == {
         "model": ("default",),
-        "parallel": ("default", "dp2", "pp2", "single", "tp2", "tp2_pp2", "tp2_pp2_sp", "tp2_sp"),
+        "parallel": ("auto", "default", "dp2", "pp2", "single", "tp2", "tp2_pp2", "tp2_pp2_sp", "tp2_sp"),
         "capture": ("default", "embedding", "every_fourth", "everything", "last"),
         "precision": ("bf16", "default", "fp32", "fp32_stored_bf16", "fp32_stored_int8"),
         "data": ("default",),
@@ -142,7 +144,7 @@ TYPED = "must be set as `key=value`, without `+`, `~` or `@`"
 ONE = "must be one value; a list stands in [brackets], text with a comma in quotes"
 UNREADABLE = "must be readable by Hydra: text that holds brackets or quotes stands in quotes"
 LIST = "must be a list of texts, such as [embed,all]"
-LAYOUTS = "must be one of the presets default, dp2, pp2, single, tp2, tp2_pp2, tp2_pp2_sp, tp2_sp"
+LAYOUTS = "must be one of the presets auto, default, dp2, pp2, single, tp2, tp2_pp2, tp2_pp2_sp, tp2_sp"
 ABSENT = "KeyError raised while resolving interpolation: \"Environment variable 'NQH_NOT' not found\""
 
 
@@ -166,6 +168,7 @@ ABSENT = "KeyError raised while resolving interpolation: \"Environment variable 
         ("parallel.tp=[2]", "parallel.tp", "must be a whole number", [2]),
         ("tokens.max_norm=ten", "tokens.max_norm", "must be a number", "ten"),
         ("store.commit_secs=soon", "store.commit_secs", "must be a number", "soon"),
+        ("parallel.memory_gb=[8]", "parallel.memory_gb", "must be a number", [8]),
         ("parallel.sp=maybe", "parallel.sp", "must be true or false", "maybe"),
         ("data.text_field=null", "data.text_field", "must be text", None),
         ("store.path=[a,b]", "store.path", "must be text", ["a", "b"]),

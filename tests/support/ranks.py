@@ -238,3 +238,52 @@ def open_files_of_models(rank: Rank, folder: Path, models: int) -> tuple[int, in
         Qwen2HiddenModel.from_pretrained(folder)
         counts.append(len(list(Path("/proc/self/fd").iterdir())))
     return counts[0], counts[-1]
+
+
+def of_two_minds(rank: Rank) -> None:
+    """Two ranks that want to be in different layouts."""
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    topology = Topology(tp=2) if rank.rank == 0 else Topology(pp=2)
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous):
+        raise AssertionError("these ranks cannot have met")
+
+
+def most_alive(rank: Rank, topology: Topology, folder: Path, tokens: int) -> int:
+    """The most bytes of tensors that were alive at once while this rank ran a few microbatches of ``tokens`` tokens, as
+    the allocator counts them; weights, which were there before, are not in it."""
+    import json
+
+    from torch.profiler import ProfilerActivity, profile
+
+    from nemo_qwen_hidden.capture.taps import Capture
+    from nemo_qwen_hidden.hookpoint import HookPoint
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.plan.microbatches import Batching, plan
+
+    torch.set_num_threads(1)
+    batching = Batching(max_tokens=tokens, batch_tokens=tokens, packing=True)
+    ids = torch.arange(6 * tokens) % 300
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        capture = Capture(points=(HookPoint("resid_post", model.config.num_layers - 1),))
+
+        def run() -> None:
+            model.capture(
+                list(plan([tokens] * 6, batching)),
+                lambda first, length: ids[first : first + length],
+                capture=capture,
+                sink=lambda piece: None,
+            )
+
+        run()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        dist.barrier()
+    trace = rank.rendezvous.with_name(f"trace-{rank.rank}.json")
+    profiled.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in events) - before

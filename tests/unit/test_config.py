@@ -1,6 +1,7 @@
 """Settings: their defaults, and what ``check`` finds in them alone."""
 
 from dataclasses import FrozenInstanceError, replace
+from math import nan
 from typing import Any
 
 import pytest
@@ -116,6 +117,18 @@ NEEDS_TP = "splits the sequence over the tp axis and needs `parallel.tp` of 2 or
         ("parallel", {"tp": 0}, "`parallel.tp` must be at least 1, but is 0 instead."),
         ("parallel", {"pp": -2}, "`parallel.pp` must be at least 1, but is -2 instead."),
         ("parallel", {"dp": 0}, "`parallel.dp` must be at least 1, but is 0 instead."),
+        (
+            "parallel",
+            {"auto": True, "pp": 2},
+            "`parallel.pp` must be left out where `parallel.auto` chooses the layout, but is 2 instead.",
+        ),
+        ("parallel", {"auto": True, "memory_gb": 0.0}, "`parallel.memory_gb` must be above 0, but is 0.0 instead."),
+        ("parallel", {"auto": True, "memory_gb": nan}, "`parallel.memory_gb` must be above 0, but is nan instead."),
+        (
+            "parallel",
+            {"memory_gb": 8.0},
+            "`parallel.memory_gb` must be left out where `parallel.auto` is false, but is 8.0 instead.",
+        ),
         ("parallel", {"sp": True}, f"`parallel.sp` {NEEDS_TP}, but is True instead."),
     ],
 )
@@ -132,6 +145,7 @@ def test_one_problem(group: str, values: dict[str, Any], sentence: str) -> None:
         ("store", {"shard_rows": 1}),
         ("runtime", {"threads": 1}),
         ("parallel", {"tp": 2, "sp": True, "dp": 3}),
+        ("parallel", {"auto": True, "memory_gb": 0.5}),
         ("capture", {"gather": "rank0"}),
         ("tokens", {"keep": "spans", "spans": (":", "0:4", "-3:", ":-1", "2:-2", "-9:4")}),
         ("tokens", {"keep": "mask", "mask_field": "m", "every": 3, "special": False, "first": False, "pool": "mean"}),

@@ -64,12 +64,12 @@ def test_replicas_fill_the_ranks_there_are(world: int | None, dp: int | None, ex
 
 def test_bytes_of_a_rank() -> None:
     """One stage of one rank holds every parameter but the output layer; two dtypes."""
-    whole, _ = prepared().rank_bytes(0)
-    half, _ = prepared(precision=PrecisionSettings(compute="bf16")).rank_bytes(0)
+    whole = prepared().rank_bytes(0).weights
+    half = prepared(precision=PrecisionSettings(compute="bf16")).rank_bytes(0).weights
     layer = 128 * (128 + 2 * 64) + (128 + 2 * 64) + 128 * 128 + 3 * 128 * 384 + 2 * 128
     assert whole == 4 * (2048 * 128 + 6 * layer) == 2 * half
     stages = prepared(parallel=ParallelSettings(pp=2))
-    assert stages.rank_bytes(0)[0] + stages.rank_bytes(1)[0] == whole
+    assert stages.rank_bytes(0).weights + stages.rank_bytes(1).weights == whole
 
 
 def test_problems_of_several_settings_come_together_each_once() -> None:

@@ -1,0 +1,94 @@
+"""What there is to run on: ranks, their memory, and how fast they compute and send.
+
+The speeds only have to rank layouts: proportions matter, and orders of magnitude suffice. Those of CPUs were measured
+(docs/design/0007-the-layout-that-is-chosen.md); those of GPUs are vendors' and were not measured here.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_qwen_hidden.config import BYTES, Settings
+from nemo_qwen_hidden.parallel.launch import launched_local_rank, local_world
+from nemo_qwen_hidden.plan.cost import Machine, Speeds
+
+GB = 10**9
+# NeMo imported takes 0.6 GB of a process's own, and 256 MB of rows may wait for the disk
+CPU_BASE_BYTES = 1_000_000_000
+# CUDA's context, workspaces of cuBLAS and buffers of NCCL; estimated
+GPU_BASE_BYTES = 2_000_000_000
+
+# fp32 products of one core; gloo through the loopback device
+CORE = Speeds(flops=9e10, near=1e9, far=1e9, latency=3e-4)
+# an H100 at 40 % of its peak (bf16, and fp32 without TF32), NVLink 4, one 400 Gb/s link for each GPU
+GPU_FLOPS = {2: 4e14, 4: 3e13}
+GPU = Speeds(flops=GPU_FLOPS[2], near=3e11, far=4e10, latency=2e-5)
+
+_FREE_BYTES = """
+import torch
+print(min(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())))
+"""
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def find_machine(settings: Settings, *, world: int | None) -> Machine:
+    """The ``world`` ranks that a launcher has started; where it is None, those that could be here: one for each GPU, or
+    up to one for each usable core.
+
+    Memory is ``parallel.memory_gb``; where that is null, what is free now. A launcher's ranks choose each by itself and
+    must choose the same, so for them it is what is built in, which equal machines have alike at any moment.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return _of_gpus(settings, world, gpus) if gpus else _of_cores(settings, world)
+
+
+def _of_gpus(settings: Settings, world: int | None, gpus: int) -> Machine:
+    flops = GPU_FLOPS[BYTES[settings.precision.compute]]
+    return Machine(
+        world=world,
+        per_machine=gpus if world is None else local_world(world),
+        memory_bytes=_given(settings) or _gpu_bytes(world),
+        base_bytes=GPU_BASE_BYTES,
+        speeds=Speeds(flops=flops, near=GPU.near, far=GPU.far, latency=GPU.latency),
+    )
+
+
+def _of_cores(settings: Settings, world: int | None) -> Machine:
+    cores = len(os.sched_getaffinity(0))
+    given = _given(settings)
+    return Machine(
+        world=world,
+        per_machine=cores if world is None else local_world(world),
+        memory_bytes=given or _host_bytes("MemAvailable" if world is None else "MemTotal"),
+        base_bytes=CPU_BASE_BYTES,
+        speeds=Speeds(flops=CORE.flops * cores, near=CORE.near, far=CORE.far, latency=CORE.latency),
+        shared_memory=given is None,
+        shared_cores=True,
+    )
+
+
+def _given(settings: Settings) -> int | None:
+    gb = settings.parallel.memory_gb
+    return None if gb is None else int(gb * GB)
+
+
+def _gpu_bytes(world: int | None) -> int:
+    """What is free on the fullest GPU, asked in a process of its own, since asking takes a context on each; under a
+    launcher, all that this rank's GPU has."""
+    import torch
+
+    if world is not None:
+        return int(torch.cuda.mem_get_info(launched_local_rank())[1])
+    asked = subprocess.run([sys.executable, "-c", _FREE_BYTES], check=True, stdout=subprocess.PIPE, text=True)
+    return int(asked.stdout)
+
+
+def _host_bytes(field: str) -> int:
+    """A field of /proc/meminfo, or what this process's control group may use, if that is less."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    there = next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip() if _CGROUP_LIMIT.is_file() else "max"
+    return there if limit == "max" else min(there, int(limit))

@@ -1,0 +1,188 @@
+"""What a layout costs: bytes of a rank, and seconds of a microbatch.
+
+A replica takes for a microbatch what its slowest stage takes:
+
+    layers x (products / (tp x cp x flops) + bytes of two all-reduces / link + bytes of gathered keys and values / link)
+
+or, where that is longer, sending one state to the next stage, which happens while it computes. Filling the pipeline is
+not counted: it has no flush, and a corpus has many microbatches. Products are two per weight and token, and four per
+token, key and unit of the heads, of which the causal mask leaves half (Kaplan et al. 2020). In an all-reduce each of n
+ranks sends 2(n-1)/n of its bytes, in an all-gather (n-1)/n (Patarasuk and Yuan 2009); under sp a gather and a scatter
+take the place of the all-reduce. So dp costs nothing, pp next to nothing where it divides the layers, and tp two
+all-reduces a layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from nemo_qwen_hidden.hookpoint import SPLIT_SITES, HookPoint
+from nemo_qwen_hidden.plan.footprint import (
+    DecoderShape,
+    activation_bytes,
+    gathered_bytes,
+    layer_parameters,
+    travelling_bytes,
+    weight_bytes,
+)
+from nemo_qwen_hidden.plan.shapes import state_width
+from nemo_qwen_hidden.plan.stages import points_of_stage, split_layers, stage_of
+from nemo_qwen_hidden.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What has to be run.
+
+    layers: decoder layers that run. batch_tokens: tokens of a microbatch at the most. max_tokens: of one sequence.
+    itemsize: bytes of a weight or activation.
+    """
+
+    shape: DecoderShape
+    layers: int
+    points: tuple[HookPoint, ...]
+    batch_tokens: int
+    max_tokens: int
+    itemsize: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest microbatch: a sequence that is longer than a batch is run by itself."""
+        return max(self.batch_tokens, self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """flops: per second, of a rank. near, far: bytes that a rank sends per second within its machine and to another;
+    latency: seconds that an exchange takes however little it sends. Only their proportions decide."""
+
+    flops: float
+    near: float
+    far: float
+    latency: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where it is to run.
+
+    world: ranks that a launcher has started; None where up to ``per_machine`` can be, on this machine alone.
+    per_machine: ranks on one machine. memory_bytes: of each rank, or of the machine if ``shared_memory``. base_bytes:
+    what a rank holds before it has a model. shared_cores: whether a machine's ranks divide ``speeds.flops`` among them.
+    """
+
+    world: int | None
+    per_machine: int
+    memory_bytes: int
+    base_bytes: int
+    speeds: Speeds
+    shared_memory: bool = False
+    shared_cores: bool = False
+
+    @property
+    def worlds(self) -> Sequence[int]:
+        """Numbers of ranks that it can be run on."""
+        return range(1, self.per_machine + 1) if self.world is None else (self.world,)
+
+    def rank_bytes(self, world: int) -> int:
+        """Memory of one of ``world`` ranks."""
+        return self.memory_bytes // min(world, self.per_machine) if self.shared_memory else self.memory_bytes
+
+    def rank_flops(self, world: int) -> float:
+        """Products and sums that one of ``world`` ranks does in a second."""
+        return self.speeds.flops / min(world, self.per_machine) if self.shared_cores else self.speeds.flops
+
+    def keeps_together(self, ranks: int, world: int) -> bool:
+        """Whether each block of ``ranks`` consecutive ranks is on one machine."""
+        return world <= self.per_machine or self.per_machine % ranks == 0
+
+    def link(self, ranks: int, world: int) -> float:
+        """Bytes per second within a block of ``ranks`` consecutive ranks."""
+        return self.speeds.near if self.keeps_together(ranks, world) else self.speeds.far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of a rank, upper estimates but for the weights.
+
+    activations: with what travels between ranks. states: copies of those that are taken from one microbatch.
+    """
+
+    weights: int
+    activations: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.states
+
+
+def need_of(topology: Topology, work: Work) -> Need:
+    """Bytes of a rank of the stage that needs most, with the layers divided evenly."""
+    return _need_of_replica(replace(topology, dp=1), work)
+
+
+@cache
+def _need_of_replica(topology: Topology, work: Work) -> Need:
+    stages = split_layers(work.layers, topology.pp)
+    points: list[list[HookPoint]] = [[] for _ in stages]
+    for point in work.points:
+        points[stage_of(point, stages)].append(point)
+    needs = (_stage_need(len(stages[n]), points[n], topology, work, first=n == 0) for n in range(len(stages)))
+    return max(needs, key=lambda need: need.total)
+
+
+def stage_need(stage: int, stages: Sequence[range], topology: Topology, work: Work) -> Need:
+    """Bytes of a rank for one of ``stages``, which are the layer indices of each."""
+    points = points_of_stage(work.points, stages, stage)
+    return _stage_need(len(stages[stage]), points, topology, work, first=stage == 0)
+
+
+def _stage_need(layers: int, points: Sequence[HookPoint], topology: Topology, work: Work, *, first: bool) -> Need:
+    shape, tp, itemsize = work.shape, topology.tp, work.itemsize
+    own_tokens = -(-work.tokens // topology.cp)
+    activations = activation_bytes(shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp)
+    if topology.cp > 1:
+        activations += gathered_bytes(shape, tokens=work.tokens, tp=tp, itemsize=itemsize)
+    if topology.pp > 1:
+        sent_tokens = -(-own_tokens // tp) if topology.sp else own_tokens
+        activations += travelling_bytes(shape, tokens=sent_tokens, itemsize=itemsize)
+    widths = [state_width(point, shape, keys=work.max_tokens) for point in points]
+    # a part of the width of all rows, or the whole width of a part of the rows; of one hook point at a time it is both
+    exchanged = max(
+        (width for point, width in zip(points, widths, strict=True) if point.site in SPLIT_SITES), default=0
+    )
+    return Need(
+        weights=weight_bytes(
+            shape,
+            layers=layers,
+            tp=tp,
+            first=first,
+            final_norm=any(point.normed for point in points),
+            itemsize=itemsize,
+        ),
+        activations=activations,
+        states=-(-own_tokens // tp) * (sum(widths) + exchanged) * itemsize,
+    )
+
+
+def secs_of(topology: Topology, work: Work, machine: Machine) -> float:
+    """Seconds for one microbatch of each replica, divided by the replicas."""
+    shape, tokens, speeds = work.shape, work.tokens, machine.speeds
+    tp, cp = topology.tp, topology.cp
+    layers = max(map(len, split_layers(work.layers, topology.pp)))
+    attended = 2 * shape.num_heads * shape.head_dim * work.max_tokens
+    products = tokens * (2 * layer_parameters(shape, 1) + attended)
+    layer = products / (tp * cp) / machine.rank_flops(topology.world)
+    hidden_bytes = tokens // cp * shape.hidden_size * work.itemsize
+    if tp > 1:
+        exchanges = 4 if topology.sp else 2
+        layer += exchanges * speeds.latency + 2 * 2 * (tp - 1) / tp * hidden_bytes / machine.link(tp, topology.world)
+    if cp > 1:
+        keys_and_values = tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * work.itemsize
+        layer += 2 * speeds.latency + keys_and_values * (cp - 1) / cp / machine.link(tp * cp, topology.world)
+    send = 0.0
+    if topology.pp > 1:
+        sent = hidden_bytes / tp if topology.sp else hidden_bytes
+        send = speeds.latency + sent / machine.link(topology.world, topology.world)
+    return max(layers * layer, send) / topology.dp
