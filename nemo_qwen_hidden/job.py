@@ -138,12 +138,12 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         batch_tokens=settings.data.batch_tokens,
         max_tokens=max_tokens,
         itemsize=BYTES[settings.precision.compute],
+        heads=heads_of(settings.capture.heads, shape.num_heads),
     )
     choice = choose(work, find_machine(settings, world=world)) if settings.parallel.auto else None
     topology = _asked_topology(settings, world) if choice is None else choice.topology
     problems = _problems(settings, architecture, topology)
     try:
-        heads_of(settings.capture.heads, shape.num_heads)
         if settings.tokens.max_norm is not None:
             norm_point(settings.tokens, points, num_layers=shape.num_layers)
         if settings.tokens.pool in MEANS and any(point.site == ATTN_WEIGHTS for point in points):

@@ -35,7 +35,7 @@ class Work:
     """What has to be run.
 
     layers: decoder layers that run. batch_tokens: tokens of a microbatch at the most. max_tokens: of one sequence.
-    itemsize: bytes of a weight or activation.
+    itemsize: bytes of a weight or activation. heads: whose attention weights are taken; None is all.
     """
 
     shape: DecoderShape
@@ -44,6 +44,7 @@ class Work:
     batch_tokens: int
     max_tokens: int
     itemsize: int
+    heads: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -147,7 +148,7 @@ def _stage_need(layers: int, points: Sequence[HookPoint], topology: Topology, wo
     if topology.pp > 1:
         sent_tokens = -(-own_tokens // tp) if topology.sp else own_tokens
         activations += travelling_bytes(shape, tokens=sent_tokens, itemsize=itemsize)
-    widths = [state_width(point, shape, keys=work.max_tokens) for point in points]
+    widths = [state_width(point, shape, keys=work.max_tokens, heads=work.heads) for point in points]
     # a part of the width of all rows, or the whole width of a part of the rows; of one hook point at a time it is both
     exchanged = max(
         (width for point, width in zip(points, widths, strict=True) if point.site in SPLIT_SITES), default=0
