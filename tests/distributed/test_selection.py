@@ -1,6 +1,7 @@
 """Chosen tokens in stores: the same as chosen afterwards from the full store, for every layout, and fewer bytes."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep.verify import verify
 from tests.conftest import Start
 from tests.support.models import TINY, Tiny
-from tests.support.ranks import stored
+from tests.support.ranks import all_stored, stored
 
 TIED = TINY[1]
 POINTS = "capture.hook_points=[embed,resid_mid@1,k@0,mlp_act@1,resid_post@2,final_norm]"
@@ -67,6 +68,17 @@ def run(start_ranks: Start, job: Job, norms: Job | None = None) -> None:
         extract.finish(job, begun, results)
 
 
+def run_all(start_ranks: Start, jobs: list[Job]) -> None:
+    """Several jobs in the same layout, one after the other on the same ranks."""
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(extract.locked(job))
+        work = [(job, extract.begin(job)) for job in jobs]
+        ranks = start_ranks(jobs[0].topology.world, all_stored, work)
+        for number, (job, begun) in enumerate(work):
+            extract.finish(job, begun, [results[number] for results in ranks])
+
+
 def read(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Every hook point's states, and the row of each."""
     store = open_store(path)
@@ -92,16 +104,14 @@ def test_chosen_states_are_those_of_the_full_store(
     tiny_folders: dict[Tiny, Path],
     documents: Path,
     tmp_path: Path,
-    full: dict[str, np.ndarray],
     layout: list[str],
 ) -> None:
-    whole = full
-    if layout:
-        run(start_ranks, job_of(tiny_folders[TIED], documents, tmp_path / "layout", *layout))
-        whole, _ = read(tmp_path / "layout")
-    for name, (settings, positions) in CHOICES.items():
-        path = tmp_path / name.replace(" ", "_")
-        run(start_ranks, job_of(tiny_folders[TIED], documents, path, *settings, *layout))
+    paths = {name: tmp_path / name.replace(" ", "_") for name in CHOICES}
+    jobs = [job_of(tiny_folders[TIED], documents, path, *CHOICES[name][0], *layout) for name, path in paths.items()]
+    run_all(start_ranks, [job_of(tiny_folders[TIED], documents, tmp_path / "layout", *layout), *jobs])
+    whole, _ = read(tmp_path / "layout")
+    for name, (_, positions) in CHOICES.items():
+        path = paths[name]
         states, rows = read(path)
         np.testing.assert_array_equal(rows, rows_of(positions), err_msg=name)
         for point, values in states.items():
@@ -111,7 +121,6 @@ def test_chosen_states_are_those_of_the_full_store(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(layout) or "one rank")
-@pytest.mark.parametrize("pool", ["mean", "weighted_mean", "last"])
 def test_one_state_for_each_document(
     start_ranks: Start,
     tiny_folders: dict[Tiny, Path],
@@ -119,13 +128,18 @@ def test_one_state_for_each_document(
     tmp_path: Path,
     full: dict[str, np.ndarray],
     layout: list[str],
-    pool: str,
 ) -> None:
-    job = job_of(
-        tiny_folders[TIED], documents, tmp_path / "pooled", f"tokens.pool={pool}", "tokens.first=false", *layout
+    pools, settings = ("mean", "weighted_mean", "last"), ["tokens.first=false", *layout]
+    run_all(
+        start_ranks,
+        [job_of(tiny_folders[TIED], documents, tmp_path / pool, f"tokens.pool={pool}", *settings) for pool in pools],
     )
-    run(start_ranks, job)
-    states, rows = read(tmp_path / "pooled")
+    for pool in pools:
+        _check_pooled(tmp_path / pool, full, pool)
+
+
+def _check_pooled(path: Path, full: dict[str, np.ndarray], pool: str) -> None:
+    states, rows = read(path)
     ends = np.cumsum(LENGTHS)
     longer = [(end - n, n) for end, n in zip(ends, LENGTHS, strict=True) if n > 1]  # the first tokens are not kept
     np.testing.assert_array_equal(rows, [start + n - 1 for start, n in longer])

@@ -115,6 +115,15 @@ def stored(rank: Rank, job: Any, begun: Any) -> Any:
         return extract.run(job, begun, groups)
 
 
+def all_stored(rank: Rank, work: Sequence[Any]) -> Any:
+    """The ranks' part of several extractions in the same layout: of each, the job and what was begun."""
+    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    with process_groups(work[0][0].topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        return [extract.run(job, begun, groups) for job, begun in work]
+
+
 def forward_outputs(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:
     """NeMo's own call of the model, ``forward(input_ids, position_ids, attention_mask)``, on a single stage."""
     from nemo_qwen_hidden.errors import ConfigError
