@@ -70,7 +70,20 @@ def test_the_keys_are_these() -> None:
 def test_the_presets_are_these() -> None:
     assert {group: known.presets(group) for group in known.groups()} == {
         "model": ("default",),
-        "parallel": ("auto", "default", "dp2", "pp2", "single", "tp2", "tp2_pp2", "tp2_pp2_sp", "tp2_sp"),
+        "parallel": (
+            "auto",
+            "cp2",
+            "default",
+            "dp2",
+            "pp2",
+            "pp2_vp2",
+            "single",
+            "tp2",
+            "tp2_cp2_sp",
+            "tp2_pp2",
+            "tp2_pp2_sp",
+            "tp2_sp",
+        ),
         "capture": ("default", "embedding", "every_fourth", "everything", "last"),
         "precision": ("bf16", "default", "fp32", "fp32_stored_bf16", "fp32_stored_int8"),
         "data": ("default",),
@@ -144,7 +157,7 @@ TYPED = "must be set as `key=value`, without `+`, `~` or `@`"
 ONE = "must be one value; a list stands in [brackets], text with a comma in quotes"
 UNREADABLE = "must be readable by Hydra: text that holds brackets or quotes stands in quotes"
 LIST = "must be a list of texts, such as [embed,all]"
-LAYOUTS = "must be one of the presets auto, default, dp2, pp2, single, tp2, tp2_pp2, tp2_pp2_sp, tp2_sp"
+LAYOUTS = "must be one of the presets " + ", ".join(known.presets("parallel"))
 ABSENT = "KeyError raised while resolving interpolation: \"Environment variable 'NQH_NOT' not found\""
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from nemo_qwen_hidden.parallel.launch import Rank
 
@@ -128,8 +128,8 @@ def finish(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None
         raise AssertionError(f"{process.args} ended with {status}:\n{said}")
 
 
-def as_under_torchrun(rank: Rank, script: str, port: int) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
-    """Runs a script in the environment that torchrun gives a rank; what it printed, and its ``states``."""
+def as_under_torchrun(rank: Rank, script: str, port: int, name: str) -> tuple[str, dict[str, Any]]:
+    """Runs a script in the environment that torchrun gives a rank; what it printed, and its dictionary ``name``."""
     os.environ |= {
         "RANK": str(rank.rank),
         "LOCAL_RANK": str(rank.rank),
@@ -140,4 +140,5 @@ def as_under_torchrun(rank: Rank, script: str, port: int) -> tuple[str, dict[str
     }
     with redirect_stdout(io.StringIO()) as printed:
         names = runpy.run_path(script, run_name="__main__")
-    return printed.getvalue(), {str(point): values.numpy() for point, values in names["states"].items()}
+    made = {str(key): value.numpy() if isinstance(value, Tensor) else value for key, value in names[name].items()}
+    return printed.getvalue(), made

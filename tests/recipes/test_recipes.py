@@ -1,5 +1,6 @@
 """Recipes: each configuration and command can be run as it stands, and all give the same store."""
 
+import ast
 import json
 import os
 import re
@@ -36,7 +37,7 @@ TEXTS = ("import os\n", "def area(radius):\n    return radius ** 2\n", "x", "A c
 
 def test_recipes_are_listed_in_order() -> None:
     linked = re.findall(r"\]\((\w+)/README\.md\)", (RECIPES / "README.md").read_text())
-    assert linked[: len(NAMES)] == list(NAMES)
+    assert linked[: len(NAMES) + 1] == [*NAMES, "steering"]
     assert set(linked) == {folder.parent.name for folder in RECIPES.glob("*/README.md")}
 
 
@@ -136,7 +137,7 @@ def test_the_script_holds_in_memory_what_transformers_computes(start_ranks: Star
     script = RECIPES / "gather_rank0" / "in_memory.py"
     (shown,) = (c for c in commands.shown_in(RECIPES / "gather_rank0" / "README.md") if not c.extracts)
     assert (shown.words[0], shown.words[-1]) == ("torchrun", str(script.relative_to(ROOT)))
-    ranks = start_ranks(4, commands.as_under_torchrun, str(script), commands.free_port())
+    ranks = start_ranks(4, commands.as_under_torchrun, str(script), commands.free_port(), "states")
     assert ranks[1:] == [("", {})] * 3
     printed, states = ranks[0]
     assert [line.partition(":")[0] for line in printed.splitlines()] == list(states)
@@ -148,6 +149,46 @@ def test_the_script_holds_in_memory_what_transformers_computes(start_ranks: Star
         for row, length in enumerate(lengths):
             expected = reference[row][HookPoint.parse(name)]
             assert relative_error(torch.from_numpy(values[row, :length]), expected) <= BOUND
+
+
+def test_steering_says_what_the_same_vector_in_transformers_makes_it_say(start_ranks: Start) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    script, readme = RECIPES / "steering" / "steer.py", RECIPES / "steering" / "README.md"
+    (shown,) = commands.shown_in(readme)
+    assert (shown.words[0], shown.words[-1]) == ("torchrun", str(script.relative_to(ROOT)))
+    assert len(readme.read_text().splitlines()) <= 25
+    (printed, new), (silent, _) = start_ranks(2, commands.as_under_torchrun, str(script), commands.free_port(), "new")
+    assert not silent and [line.partition(":")[0] for line in printed.splitlines()] == [
+        "norm of the vector",
+        "plain",
+        "steered",
+    ]
+
+    chosen = dict(re.findall(r"^([A-Z]+) = (\".*\")$", script.read_text(), re.M))
+    towards, away, prompt = (ast.literal_eval(chosen[name]) for name in ("TOWARDS", "FROM", "PROMPT"))
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_folder())
+    model = AutoModelForCausalLM.from_pretrained(demo.model_folder(), dtype=torch.float32).eval()
+
+    def encoded(text: str) -> torch.Tensor:
+        return tokenizer([text], return_tensors="pt").input_ids
+
+    @torch.no_grad()
+    def mean_after_layer_1(text: str) -> torch.Tensor:
+        return model(encoded(text), output_hidden_states=True).hidden_states[2][0].mean(dim=0)
+
+    @torch.no_grad()
+    def next_tokens(count: int) -> list[int]:
+        ids = encoded(prompt)
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
+        return ids[0, -count:].tolist()
+
+    vector = mean_after_layer_1(towards) - mean_after_layer_1(away)
+    assert f"{vector.norm():.4f}" in printed
+    assert new["plain"] == next_tokens(len(new["plain"]))
+    model.model.layers[1].register_forward_hook(lambda _module, _inputs, output: output + vector)
+    assert new["steered"] == next_tokens(len(new["steered"])) != new["plain"]
 
 
 def slurm_calls(folder: Path, *arguments: str) -> list[list[str]]:

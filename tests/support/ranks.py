@@ -59,6 +59,7 @@ def in_each_layout(
             model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, split=Split(**split))
             found.append([_numpy(model, batch, chosen) for chosen in options])
             dist.barrier()
+        del model  # before the next is built
     return found
 
 
