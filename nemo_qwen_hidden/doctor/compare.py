@@ -63,4 +63,3 @@ def compare(observation: Observation, expected: States, noise: Noise) -> Compari
         errors[point] = torch.where(observation.present, row_errors(found, wanted), 0.0)
         tolerances[point] = noise[point] + stored
     return Comparison(errors=errors, tolerances=tolerances)
-

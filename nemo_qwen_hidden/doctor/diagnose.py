@@ -9,7 +9,6 @@ is accepted, the mismatch is described and nothing is guessed.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-
 import torch
 from torch import Tensor
 
@@ -77,6 +76,7 @@ class Diagnosis:
         self._reference, self._truth, self._noise, self._coarse = reference, truth, noise, coarse
         self._observation = observation
         self._points = [point for point in observation.states if point in truth]
+        self._base: States = truth
 
     def findings(self) -> list[Finding]:
         """What is wrong, in the order in which it was found; empty where nothing is."""
@@ -104,6 +104,7 @@ class Diagnosis:
 
     def _best(self, comparison: Comparison, held: Sequence[Hypothesis]) -> Outcome | None:
         best: Outcome | None = None
+        self._base = self._expected(held)
         for tier in self._tiers(comparison, held):
             for hypothesis in tier:
                 outcome = self._judge(hypothesis, comparison, held)
@@ -119,29 +120,22 @@ class Diagnosis:
         yield orders.hypotheses(self._observation, wrong)
         if not held:
             yield labels.relabelled(reference, self._observation, wrong, self._noise)
-        expected = self._expected(held)
-        yield values.clipped(self._observation, expected, wrong)
-        yield values.factors(self._observation, expected, wrong)
-        if not held:
-            yield [*inputs.hypotheses(reference), *weights.hypotheses(reference, wrong[0])]
-            yield self._fitted(comparison)
-        yield self._nearest(comparison, expected)
+        yield values.clipped(self._observation, self._base, wrong)
+        yield values.factors(self._observation, self._base, wrong)
+        yield [*inputs.hypotheses(reference), *weights.hypotheses(reference, wrong[0])]
+        yield self._fitted(comparison, held)
+        yield self._nearest(comparison, self._base)
 
     def _expected(self, held: Sequence[Hypothesis]) -> States:
         if not held:
             return self._truth
         return together(held[:-1], held[-1]).expect(self._reference, self._observation, self._points)
 
-    def _judge(
-        self, hypothesis: Hypothesis, before: Comparison, held: Sequence[Hypothesis]
-    ) -> Outcome | None:
+    def _judge(self, hypothesis: Hypothesis, before: Comparison, held: Sequence[Hypothesis]) -> Outcome | None:
         """Whether ``hypothesis`` on top of ``held`` is accepted. Most are refused by one short passage alone."""
-        stacked = together(held, hypothesis)
         first = before.wrong[0]
-        if not stacked.whole and self._screened_out(stacked, before):
-            return None
-        expected = stacked.expect(self._reference, self._observation, self._points)
-        if first not in expected:
+        expected = self._foretold(hypothesis, before, held)
+        if expected is None or first not in expected:
             return None
         after = compare(self._observation, expected, self._noise)
         if first in after.wrong or not set(after.wrong) <= set(before.wrong):
@@ -149,7 +143,20 @@ class Diagnosis:
         if not self._tells(expected[first], before.wrong_rows(first)):
             return None
         error = sum(float(errors.mean()) for errors in after.errors.values()) / len(after.errors)
-        return Outcome(hypothesis=stacked if not held else hypothesis, comparison=after, error=error)
+        return Outcome(hypothesis=hypothesis, comparison=after, error=error)
+
+    def _foretold(self, hypothesis: Hypothesis, before: Comparison, held: Sequence[Hypothesis]) -> States | None:
+        """What would be found under ``hypothesis`` on top of ``held``; None where some of it is seen to be wrong."""
+        first = before.wrong[0]
+        if hypothesis.rearranges and hypothesis.turn is not None:
+            only_first = hypothesis.turn({first: self._base[first]})
+            if compare(self._observation, only_first, self._noise).wrong:
+                return None
+            return hypothesis.turn(self._base)
+        stacked = together(held, hypothesis)
+        if not stacked.whole and self._screened_out(stacked, before):
+            return None
+        return stacked.expect(self._reference, self._observation, self._points)
 
     def _screened_out(self, hypothesis: Hypothesis, before: Comparison) -> bool:
         first = before.wrong[0]
@@ -179,10 +186,10 @@ class Diagnosis:
 
     # Hypotheses with a number or an order that has to be found first
 
-    def _fitted(self, comparison: Comparison) -> Iterator[Hypothesis]:
+    def _fitted(self, comparison: Comparison, held: Sequence[Hypothesis]) -> Iterator[Hypothesis]:
         """A rotary base that is in no list, found by its error at the first hook point that differs."""
         first = comparison.wrong[0]
-        if first.site == EMBED:
+        if first.site == EMBED or held:
             return
         index = self._short_passage(comparison.wrong_rows(first))
         small = self._observation.only([index], [first])
@@ -231,7 +238,9 @@ class Diagnosis:
         if overflow and largest > values.LARGEST_FP16:
             says = f"values at {point} overflow fp16: they should be as large as {largest:.3g}, and fp16 ends at 65504"
             return Finding(fault="overflow", says=says, evidence=(f"{int(bad.sum())} rows",))
-        says = f"{int(bad.sum())} rows hold NaN or infinite values, first at {point}, document {document}, token {token}"
+        says = (
+            f"{int(bad.sum())} rows hold NaN or infinite values, first at {point}, document {document}, token {token}"
+        )
         return Finding(fault="not-finite", says=says)
 
     def _precision(self, comparison: Comparison, held: Sequence[Hypothesis]) -> Finding | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_qwen_hidden.doctor.observation import Observation, States
-from nemo_qwen_hidden.doctor.reference import Edit, Reference, Refeed
+from nemo_qwen_hidden.doctor.reference import Edit, Refeed, Reference
 from nemo_qwen_hidden.hookpoint import HookPoint
 
 Turn = Callable[[States], States]
@@ -26,6 +26,11 @@ class Hypothesis:
     turn: Turn | None = None
     needs: frozenset[HookPoint] = frozenset()
     whole: bool = False
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether it makes its states of the right ones at the same hook points alone, without running anything."""
+        return not (self.edits or self.feeds or self.needs)
 
     def expect(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis
-from nemo_qwen_hidden.doctor.reference import NO_ROW, Feed, Reference, Refeed, causal
+from nemo_qwen_hidden.doctor.reference import NO_ROW, Feed, Refeed, Reference, causal
 from nemo_qwen_hidden.hookpoint import ROT_K, ROT_Q
 
 RANKS = (2, 4, 8)
@@ -60,7 +60,9 @@ def _visibility() -> Iterator[Hypothesis]:
         yield _fed("ranks-apart", says, _each(lambda feed, ranks=ranks: _apart(feed, ranks)))
     packed = "documents packed into one sequence see those before them"
     for order, said in ((_as_given, ""), (_longest_first, " (longest first)")):
-        yield _fed("documents-leak", f"{packed}{said}; positions begin anew in each", _packed(order, anew=True), whole=True)
+        yield _fed(
+            "documents-leak", f"{packed}{said}; positions begin anew in each", _packed(order, anew=True), whole=True
+        )
         says = f"{packed}{said}, and positions go on from one to the next"
         yield _fed("documents-leak", says, _packed(order, anew=False), whole=True)
 
@@ -199,18 +201,9 @@ def _tokens(reference: Reference) -> Iterator[Hypothesis]:
     for shift in (1, -1):
         says = f"token ids are shifted by {shift:+}"
         yield renamed(says, lambda ids, shift=shift: (ids + shift) % size)
-    for ranks in RANKS:
-        part = -(-size // ranks)
-        says = f"ranges of the vocabulary are swapped between {ranks} tensor parallel ranks"
-        yield renamed(says, lambda ids, part=part: ((ids + part) % (part * ranks_of(size, part))).clamp_max(size - 1))
     for shift, said in ((-1, "that before it"), (1, "that after it")):
         says = f"each token got the id of {said} in its document"
         yield _fed("tokens-shifted", says, _each(lambda feed, shift=shift: _neighbours(feed, shift)))
-
-
-def ranks_of(size: int, part: int) -> int:
-    """How many ranges of ``part`` tokens hold a vocabulary of ``size``."""
-    return -(-size // part)
 
 
 def _neighbours(feed: Feed, shift: int) -> Feed:

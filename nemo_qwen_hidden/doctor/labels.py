@@ -63,7 +63,9 @@ def relabelled(
         yield _renamed(fault, says, found, reference.norm)
     if len(kinds) > 1:
         (fault, says), _ = max(kinds.items(), key=lambda item: len(item[1]))
-        everything = "; ".join(f"{said} ({some([str(point) for point in found])})" for (_, said), found in kinds.items())
+        everything = "; ".join(
+            f"{said} ({some([str(point) for point in found])})" for (_, said), found in kinds.items()
+        )
         yield _renamed(fault, everything, sources, reference.norm)
 
 

@@ -113,7 +113,11 @@ def _between(lengths: Sequence[int], starts: Sequence[int]) -> Iterator[tuple[st
     transposed = torch.tensor([starts[index] + token for token, index in by_position], dtype=torch.int64)
     yield "axes-swapped", "token by token of all documents, not document by document: axes were swapped", transposed
     if len(set(lengths)) == 1:
-        yield "axes-swapped", "document by document, where token by token was meant: axes were swapped", transposed.argsort()
+        yield (
+            "axes-swapped",
+            "document by document, where token by token was meant: axes were swapped",
+            transposed.argsort(),
+        )
 
 
 def _dealt(count: int, ranks: int) -> list[int]:

@@ -3,6 +3,7 @@
 N: query heads, G: key/value groups, D: size of a head, H: hidden, F: inner units of the MLP.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -187,7 +188,9 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
         for layer in reference.layers:
             edits.attribute(layer.self_attn, "scaling", layer.self_attn.scaling * factor)
 
-    yield _model("softmax-scale", "attention scores are not divided by sqrt(head size)", partial(unscaled, factor=dim**0.5))
+    yield _model(
+        "softmax-scale", "attention scores are not divided by sqrt(head size)", partial(unscaled, factor=dim**0.5)
+    )
     yield _model("softmax-scale", "attention scores are divided by the head size", partial(unscaled, factor=dim**-0.5))
 
 
@@ -305,7 +308,9 @@ def _reduction(reference: Reference) -> Iterator[Hypothesis]:
     for factor in RANKS:
         for attention, mlp, said in blocks:
             often = partial(scaled, factor=float(factor), attention=attention, mlp=mlp)
-            says = f"the output of {said} is {factor} times too large: summed over {factor} ranks that each had it whole"
+            says = (
+                f"the output of {said} is {factor} times too large: summed over {factor} ranks that each had it whole"
+            )
             yield _model("summed-twice", says, often)
             seldom = partial(scaled, factor=1 / factor, attention=attention, mlp=mlp)
             says = f"the output of {said} is {factor} times too small: averaged over {factor} ranks, not summed"
@@ -347,6 +352,17 @@ def _embedding(reference: Reference) -> Iterator[Hypothesis]:
         says = f"embeddings are {ranks} times too large: summed over {ranks} ranks that each had them"
         yield _model("summed-twice", says, partial(scaled, factor=float(ranks)))
 
+    def ranges(reference: Reference, edits: Edits, ranks: int) -> None:
+        """Tensor parallel ranks hold equal ranges of a table that is filled up with zeros."""
+        weight = reference.model.embed_tokens.weight
+        part = -(-len(weight) // ranks)
+        padded = torch.nn.functional.pad(weight.data, (0, 0, 0, part * ranks - len(weight)))
+        edits.weight(weight, padded.roll(-part, dims=0)[: len(weight)])
+
+    for ranks in RANKS:
+        says = f"ranges of the vocabulary are swapped between {ranks} tensor parallel ranks"
+        yield _model("vocabulary", says, partial(ranges, ranks=ranks))
+
 
 # Order of layers
 
@@ -358,11 +374,14 @@ def _layers(reference: Reference, first_wrong: HookPoint) -> Iterator[Hypothesis
 
 
 def run_layers(reference: Reference, edits: Edits, order: Sequence[int | None]) -> None:
-    """Runs layers in another order; None leaves a place out."""
-    layers = reference.layers
-    replaced = [nn.Identity() if index is None else layers[index] for index in order]
-    kept = nn.ModuleList(_Passing() if isinstance(each, nn.Identity) else each for each in replaced)
-    edits.attribute(reference.model, "layers", kept)
+    """Runs layers in another order, some perhaps twice; None leaves a place out."""
+    layers, placed = reference.layers, list[nn.Module]()
+    for place, index in enumerate(order):
+        if index is None:
+            placed.append(_Passing())
+        else:  # hooks tell places apart by their modules
+            placed.append(copy.deepcopy(layers[index]) if index in order[:place] else layers[index])
+    edits.attribute(reference.model, "layers", nn.ModuleList(placed))
 
 
 class _Passing(nn.Module):
@@ -397,7 +416,9 @@ def layer_orders(count: int, first_wrong: HookPoint) -> Iterator[tuple[str, list
         blocks = [list(range(start, start + size)) for start in range(0, count, size)]
         for shift in (1, stages - 1):
             order = [layer for block in blocks[shift:] + blocks[:shift] for layer in block]
-            yield from fresh(f"{stages} pipeline stages of {size} layers run in the wrong order, {shift} too early", order)
+            yield from fresh(
+                f"{stages} pipeline stages of {size} layers run in the wrong order, {shift} too early", order
+            )
         order = [layer for block in reversed(blocks) for layer in block]
         yield from fresh(f"{stages} pipeline stages of {size} layers run in reverse order", order)
         for chunks in range(2, stages):

@@ -158,7 +158,7 @@ def rope_interleaved(case: Case) -> States:
 
 def layers_in_order(case: Case, order: Sequence[int]) -> States:
     def change(model: Any) -> None:
-        model.layers = nn.ModuleList([model.layers[index] for index in order])
+        model.layers = nn.ModuleList([copy.deepcopy(model.layers[index]) for index in order])
 
     return case.run(case.changed(change))
 
@@ -197,7 +197,19 @@ def half_of_a_sum(case: Case, *names: str) -> States:
     return case.run(case.changed(change))
 
 
-def tripled_embeddings(case: Case, factor: float) -> States:
+def vocabulary_halves_swapped(case: Case) -> States:
+    """The table of two tensor parallel ranks, the second filled up with a row of zeros, each holding the other's."""
+
+    def change(model: Any) -> None:
+        weight = model.embed_tokens.weight
+        half = (len(weight) + 1) // 2
+        full = torch.cat([weight.data, torch.zeros(2 * half - len(weight), weight.shape[1])])
+        model.embed_tokens.weight.copy_(torch.cat([full[half:], full[:half]])[: len(weight)])
+
+    return case.run(case.changed(change))
+
+
+def multiplied_embeddings(case: Case, factor: float) -> States:
     return case.run(case.changed(lambda model: model.embed_tokens.weight.mul_(factor)))
 
 

@@ -1,8 +1,6 @@
 """Each planted fault is named right, and none is seen where there is none."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -103,7 +101,7 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
         "not-summed",
         "rank 0 of 2",
     ),
-    "embeddings times 8": (lambda c: planted.tripled_embeddings(c, 8.0), "embedding-scaled", "sqrt"),
+    "embeddings times 8": (lambda c: planted.multiplied_embeddings(c, 8.0), "embedding-scaled", "sqrt"),
     "GELU": (planted.gelu, "activation", "GELU"),
     "one layer of other weights": (lambda c: planted.other_weights_in_layer(c, 2), "few-layers", "other weights"),
     "other weights": (planted.fine_tuned, "unexplained", "no hypothesis"),
@@ -120,11 +118,7 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
     "left padding seen": (lambda c: planted.padded_left(c, masked=False, misread=False), "padding-seen", "token 0"),
     "left padding misread": (lambda c: planted.padded_left(c, masked=True, misread=True), "padding-side", "masked"),
     "token ids plus one": (lambda c: planted.renamed_tokens(c, lambda t: (t + 1) % 383), "vocabulary", "+1"),
-    "vocabulary ranges": (
-        lambda c: planted.renamed_tokens(c, lambda t: (t + 192) % 384 % 383),
-        "vocabulary",
-        "2 tensor parallel",
-    ),
+    "vocabulary ranges": (planted.vocabulary_halves_swapped, "vocabulary", "2 tensor parallel"),
     "zig-zag of 2": (
         lambda c: planted.rows_of_each(c, lambda n: planted.zigzag(n, 2)),
         "tokens-permuted",
@@ -191,5 +185,3 @@ def test_nothing_is_wrong_with_a_dtype_that_is_claimed(
     assert findings(references, observed(case, planted.cast(case, torch_dtype), stored=dtype)) == []
     computed = planted.computed_in(case, torch_dtype)
     assert findings(references, observed(case, computed, compute=dtype, stored=dtype)) == []
-
-
