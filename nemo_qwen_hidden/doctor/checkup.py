@@ -11,7 +11,7 @@ from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.doctor import algebra
 from nemo_qwen_hidden.doctor.compare import Comparison, compare
-from nemo_qwen_hidden.doctor.diagnose import Diagnosis, noise_of
+from nemo_qwen_hidden.doctor.diagnose import DESCRIBED, Diagnosis, noise_of
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.reference import Reference
 from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, UNEXPLAINED, Check, Finding, Report, number
@@ -48,7 +48,8 @@ def check_up(
     else:
         check, more, noted = _against(reference, folder, observation)
         made.append(check)
-        found += [finding for finding in more if finding.fault not in {each.fault for each in found}]
+        # what ranks have seen of each other says more than a description of what came of it
+        found += [each for each in more if not found or each.fault not in (*DESCRIBED, *(f.fault for f in found))]
         notes += noted
     failed = [check for check in made if check.status == FAILED]
     if failed and not found:
@@ -99,4 +100,4 @@ def chosen(lengths: Sequence[int], count: int) -> list[int]:
 
 def passage_of(document: int, token_ids: Sequence[int], most_tokens: int) -> Passage:
     """The beginning of a document; what follows it has no influence on it, attention being causal."""
-    return Passage(document=document, token_ids=torch.as_tensor(list(token_ids[:most_tokens]), dtype=torch.int64))
+    return Passage(document=document, token_ids=torch.tensor(token_ids[:most_tokens], dtype=torch.int64))

@@ -275,7 +275,8 @@ class Diagnosis:
         dropped = values.dropout_of(self._observation, expected, first)
         if dropped is not None:
             share, factor = dropped
-            says = f"dropout is on: {share:.1%} of the values at {first} are dropped, the others {factor:.4g} times as large"
+            kept = f"the others {factor:.4g} times as large"
+            says = f"dropout is on: {share:.1%} of the values at {first} are dropped, {kept}"
             return Finding(fault="dropout", says=says, evidence=(f"differs first at {place}",))
         fault, lines = values.shape_of(comparison, self._observation, expected)
         lines = (f"differs first at {place}", *lines)
@@ -285,7 +286,7 @@ class Diagnosis:
             lines = (*lines, line)
             if fault == UNEXPLAINED:
                 fault = fault_alone
-        return Finding(fault=fault, says=_DESCRIBED[fault], evidence=lines)
+        return Finding(fault=fault, says=DESCRIBED[fault], evidence=lines)
 
     def _layers_alone(self) -> tuple[str, str] | None:
         """Each layer of the reference on the states that this layer got: which layers compute something else."""
@@ -313,7 +314,7 @@ class Diagnosis:
         return ("few-layers" if len(layers) <= max(1, count // 4) else UNEXPLAINED), line
 
 
-_DESCRIBED = {
+DESCRIBED = {
     UNEXPLAINED: "no hypothesis explains the difference",
     "few-units": "a few units of the states are wrong, and no hypothesis explains it",
     "few-rows": "a few rows are wrong, and no hypothesis explains it: damaged, or of other tokens",

@@ -86,8 +86,8 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _tokens(arrays: Mapping[str, Tensor], path: Path) -> tuple[Tensor, Tensor, list[int]]:
-    """Token ids in the shape of the file, the flat places of those that are no padding, document after document, and the
-    length of each document."""
+    """Token ids in the shape of the file; the flat places of those that are no padding, document after document; and
+    the length of each document."""
     ids = arrays.get(IDS, arrays.get(_EXPORTED_IDS))
     if ids is None or ids.ndim not in (1, 2) or ids.is_floating_point() or not ids.numel():
         raise StoreError(str(path), _RULE, sorted(arrays))

@@ -13,8 +13,8 @@ Turn = Callable[[States], States]
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """fault: its name in docs/doctor.md. says: what is wrong, a sentence. edits: of the model. feeds: of what it is fed.
-    turn: of its states, afterwards. needs: hook points whose right states ``turn`` makes others of.
+    """fault: its name in docs/doctor.md. says: what is wrong, a sentence. edits: of the model. feeds: of what it is
+    fed. turn: of its states, afterwards. needs: hook points whose right states ``turn`` makes others of.
 
     whole: whether it holds for all passages together alone, and not for some of them by themselves.
     """

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis
 from nemo_qwen_hidden.doctor.reference import NO_ROW, Feed, Refeed, Reference, causal
-from nemo_qwen_hidden.hookpoint import ROT_K, ROT_Q
 
 RANKS = (2, 4, 8)
 
@@ -54,10 +54,10 @@ def _visibility() -> Iterator[Hypothesis]:
     yield _fed("sees-next", "every token sees the next one: the causal mask is one off", _each(beyond))
     for window in (8, 16, 32, 64, 128):
         says = f"attention sees {window} tokens back alone (a sliding window)"
-        yield _fed("window", says, _each(lambda feed, window=window: _windowed(feed, window)))
+        yield _fed("window", says, _each(partial(_windowed, window=window)))
     for ranks in RANKS:
         says = f"attention stays within each of {ranks} context parallel ranks"
-        yield _fed("ranks-apart", says, _each(lambda feed, ranks=ranks: _apart(feed, ranks)))
+        yield _fed("ranks-apart", says, _each(partial(_apart, ranks=ranks)))
     packed = "documents packed into one sequence see those before them"
     for order, said in ((_as_given, ""), (_longest_first, " (longest first)")):
         yield _fed(
@@ -109,28 +109,32 @@ def _positions() -> Iterator[Hypothesis]:
     for shift in (1, -1, 2, -2, 8, 16, 32, 64, 128):
         # attention knows distances alone: this is seen in rotated queries and keys only
         says = f"positions are shifted by {shift:+}"
-        yield moved("positions-shifted", says, lambda positions, shift=shift: positions + shift)
+        yield moved("positions-shifted", says, partial(_moved_by, shift=shift))
     yield moved("positions-reversed", "positions run backwards", lambda positions: positions.flip(0))
     for ranks in RANKS:
         says = f"positions begin anew in each of {ranks} equal parts, as on the ranks of a split sequence"
-        yield moved("positions-of-ranks", says, lambda positions, ranks=ranks: _anew(len(positions), ranks))
+        yield moved("positions-of-ranks", says, partial(_anew, parts=ranks))
         says = f"positions of {ranks} context parallel ranks are given without regard to their zig-zag"
-        yield moved("positions-of-ranks", says, lambda positions, ranks=ranks: _zigzagged(len(positions), ranks))
+        yield moved("positions-of-ranks", says, partial(_zigzagged, ranks=ranks))
     yield _fed("positions-run-on", "positions go on from one document to the next", _run_on, whole=True)
 
 
-def _anew(tokens: int, parts: int) -> Tensor:
+def _moved_by(positions: Tensor, shift: int) -> Tensor:
+    return positions + shift
+
+
+def _anew(positions: Tensor, parts: int) -> Tensor:
+    tokens = len(positions)
     return torch.arange(tokens) % max(1, -(-tokens // parts))
 
 
-def _zigzagged(tokens: int, ranks: int) -> Tensor:
+def _zigzagged(positions: Tensor, ranks: int) -> Tensor:
     """The position that a token of the zig-zag would have, were each rank's tokens consecutive."""
+    tokens = len(positions)
     size = max(1, -(-tokens // (2 * ranks)))
     chunks = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
     places = torch.cat([torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks])
-    positions = torch.empty(2 * ranks * size, dtype=torch.int64)
-    positions[places] = torch.arange(2 * ranks * size)
-    return positions[:tokens]
+    return places.argsort()[:tokens]
 
 
 def _run_on(feeds: Sequence[Feed]) -> Sequence[Feed]:
@@ -139,10 +143,6 @@ def _run_on(feeds: Sequence[Feed]) -> Sequence[Feed]:
         moved.append(replace(feed, positions=feed.positions + start))
         start += len(feed.token_ids)
     return moved
-
-
-SHIFTS_SEEN = frozenset({ROT_Q, ROT_K})
-"""Sites at which a shift of all positions can be seen."""
 
 
 # Padding
@@ -200,10 +200,14 @@ def _tokens(reference: Reference) -> Iterator[Hypothesis]:
 
     for shift in (1, -1):
         says = f"token ids are shifted by {shift:+}"
-        yield renamed(says, lambda ids, shift=shift: (ids + shift) % size)
+        yield renamed(says, partial(_renumbered, shift=shift, size=size))
     for shift, said in ((-1, "that before it"), (1, "that after it")):
         says = f"each token got the id of {said} in its document"
-        yield _fed("tokens-shifted", says, _each(lambda feed, shift=shift: _neighbours(feed, shift)))
+        yield _fed("tokens-shifted", says, _each(partial(_neighbours, shift=shift)))
+
+
+def _renumbered(ids: Tensor, shift: int, size: int) -> Tensor:
+    return (ids + shift) % size
 
 
 def _neighbours(feed: Feed, shift: int) -> Feed:

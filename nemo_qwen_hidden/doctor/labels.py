@@ -51,7 +51,8 @@ class Source:
 def relabelled(
     reference: Reference, observation: Observation, wrong: Sequence[HookPoint], noise: Noise
 ) -> Iterator[Hypothesis]:
-    """At most one hypothesis for each kind of confusion, each about those hook points whose state is found elsewhere."""
+    """A hypothesis for each kind of confusion, about those hook points whose state is found elsewhere, and one for all
+    of them together."""
     residual = [point for point in wrong if point.site in RESIDUAL_SITES]
     if not residual:
         return

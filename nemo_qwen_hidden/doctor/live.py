@@ -207,7 +207,8 @@ class _Compared:
         first = min((self._number(point) for point in wrong), default=None)
         firsts = [number for number in all_values(first, self._groups) if number is not None]
         if not firsts:
-            return Check(name=name, status=OK, detail=f"bit-equal at {len(self._points)} hook points")
+            count = len(set().union(*all_values(set(states), self._groups)))
+            return Check(name=name, status=OK, detail=f"bit-equal at {count} hook points")
         point = self._points[min(firsts)]
         sent = key(place), states.get(point), rows.get(point)
         shared = [(values, which) for found, values, which in all_values(sent, self._groups) if found == mine[0]]
@@ -283,11 +284,3 @@ def _gathered(
                 where, values = piece
                 whole.setdefault(point, torch.full((rows, values.shape[1]), torch.nan))[where] = values
     return whole
-
-
-def all_points(num_layers: int) -> tuple[HookPoint, ...]:
-    """Every site of every layer but attention weights, which are as many as tokens squared."""
-    from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, LAYER_SITES, LAYERLESS_SITES
-
-    layers = [HookPoint(site, layer) for site in LAYER_SITES if site != ATTN_WEIGHTS for layer in range(num_layers)]
-    return by_depth([*map(HookPoint, LAYERLESS_SITES), *layers], num_layers)

@@ -1,6 +1,7 @@
 """Hypotheses about rows: the right states, in the wrong places. R: rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,42 +44,33 @@ def _orders(observation: Observation) -> Iterator[tuple[str, str, Tensor]]:
     lengths, starts = [len(passage) for passage in observation.passages], observation.starts
     rows = observation.rows
     for says, order in _within():
-        for fault, said, scope in _scopes(says, order, lengths, starts, rows):
-            yield fault, said, scope
+        yield from _scopes(says, order, lengths, starts, rows)
     yield from _between(lengths, starts)
 
 
 def _within() -> Iterator[tuple[str, Order]]:
     for ranks in RANKS:
-        says = f"the zig-zag of {ranks} context parallel ranks was not undone"
-        yield says, lambda tokens, ranks=ranks: zigzag(tokens, ranks)
-        says = f"the zig-zag of {ranks} context parallel ranks was undone where there was none"
-        yield says, lambda tokens, ranks=ranks: zigzag(tokens, ranks).argsort()
+        zigzagged = f"the zig-zag of {ranks} context parallel ranks was"
+        yield f"{zigzagged} not undone", partial(zigzag, ranks=ranks)
+        yield f"{zigzagged} undone where there was none", partial(_undone, partial(zigzag, ranks=ranks))
     for ranks in RANKS:
         says = f"stripes of {ranks} ranks (sequence parallel) are put together in the wrong order"
         for shift in sorted({1, ranks - 1}):
-            yield says, lambda tokens, ranks=ranks, shift=shift: _stripes(tokens, ranks, shift)
+            yield says, partial(_stripes, ranks=ranks, shift=shift)
         says = f"tokens were dealt out to {ranks} ranks one by one, and taken for consecutive ones"
-        yield says, lambda tokens, ranks=ranks: torch.cat([torch.arange(tokens)[rank::ranks] for rank in range(ranks)])
+        yield says, partial(_dealt_tokens, ranks=ranks)
         says = f"tokens of {ranks} ranks were put together one by one, where each had consecutive ones"
-        yield (
-            says,
-            lambda tokens, ranks=ranks: torch.cat(
-                [torch.arange(tokens)[rank::ranks] for rank in range(ranks)]
-            ).argsort(),
-        )
-    yield "tokens stand in reverse order", lambda tokens: torch.arange(tokens).flip(0)
-    for shift in (1, -1):
-        where = "next" if shift > 0 else "previous"
-        says = f"each row holds the state of the {where} token"
-        yield says, lambda tokens, shift=shift: _shifted(tokens, shift)
+        yield says, partial(_undone, partial(_dealt_tokens, ranks=ranks))
+    yield "tokens stand in reverse order", _reversed
+    yield "each row holds the state of the next token", partial(_shifted, shift=1)
+    yield "each row holds the state of the previous token", partial(_shifted, shift=-1)
 
 
 def _scopes(
     says: str, order: Order, lengths: Sequence[int], starts: Sequence[int], rows: int
 ) -> Iterator[tuple[str, str, Tensor]]:
     """In each document, in all rows together, and in all rows with the longest documents first."""
-    fault = "tokens-shifted" if "token" in says and says.startswith("each row") else "tokens-permuted"
+    fault = "tokens-shifted" if says.startswith("each row") else "tokens-permuted"
     each = [_offset(order(length), start) for length, start in zip(lengths, starts, strict=False)]
     yield fault, f"{says}, in each document", torch.cat(each)
     yield fault, f"{says}, over all documents laid end to end", order(rows)
@@ -131,6 +123,18 @@ def zigzag(tokens: int, ranks: int) -> Tensor:
     chunks = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
     places = torch.cat([torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks])
     return places[places < tokens]
+
+
+def _undone(order: Order, tokens: int) -> Tensor:
+    return order(tokens).argsort()
+
+
+def _reversed(tokens: int) -> Tensor:
+    return torch.arange(tokens).flip(0)
+
+
+def _dealt_tokens(tokens: int, ranks: int) -> Tensor:
+    return torch.cat([torch.arange(tokens)[rank::ranks] for rank in range(ranks)])
 
 
 def _stripes(tokens: int, ranks: int, shift: int) -> Tensor:

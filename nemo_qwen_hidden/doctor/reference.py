@@ -90,10 +90,9 @@ class Reference:
         self.config = self.model.config
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """Decoder layers."""
-        found: nn.ModuleList = self.model.layers
-        return found
+    def layers(self) -> Any:
+        """Decoder layers, a ``ModuleList``."""
+        return self.model.layers
 
     @property
     def num_layers(self) -> int:
@@ -214,7 +213,7 @@ class _Tap:
         if point in self.wanted:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _rotated(self, attention: nn.Module, index: int) -> None:
+    def _rotated(self, attention: Any, index: int) -> None:
         """Queries and keys after the rotary embedding, by transformers' own function from what its projections gave."""
         points = {HookPoint(ROT_Q, index): attention.q_proj, HookPoint(ROT_K, index): attention.k_proj}
         if self.wanted.isdisjoint(points):

@@ -1,7 +1,7 @@
 """How far apart two states may be that are the same but for rounding. R: rows, W: width.
 
-Errors are relative to a row: |found - expected| / |expected|, Euclidean norms over the width. Rounding to a dtype moves a
-value by at most its unit roundoff u times its magnitude, and so a row by at most u times its norm.
+Errors are relative to a row: |found - expected| / |expected|, Euclidean norms over the width. Rounding to a dtype moves
+a value by at most its unit roundoff u times its magnitude, and so a row by at most u times its norm.
 """
 
 import torch
@@ -22,9 +22,9 @@ def row_errors(found: Tensor, expected: Tensor) -> Tensor:
     """fp32 [R]; infinite where a value is not finite on one side alone, zero where a row is expected to be NaN (which
     says: anything)."""
     free = expected.isnan().all(dim=1)
-    norms = expected.norm(dim=1)
+    norms: Tensor = expected.norm(dim=1)
     floor = _FLOOR * float(norms[~free].median()) if bool((~free).any()) else 0.0
-    errors = (found - expected).norm(dim=1) / norms.clamp_min(max(floor, torch.finfo(torch.float32).tiny))
+    errors: Tensor = (found - expected).norm(dim=1) / norms.clamp_min(max(floor, torch.finfo(torch.float32).tiny))
     return torch.where(free, 0.0, torch.where(errors.isnan(), torch.inf, errors))
 
 
@@ -32,7 +32,9 @@ def stored_errors(values: Tensor, dtype: str) -> Tensor:
     """fp32 [R]: the most that storing ``values`` [R, W] in ``dtype`` can have moved each row, relative to its norm."""
     norms = values.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "int8":
-        return values.abs().amax(dim=1) / (2 * _INT8_STEPS) * values.shape[1] ** 0.5 / norms
+        largest: Tensor = values.abs().amax(dim=1)
+        of_norm: Tensor = largest / norms
+        return of_norm * (values.shape[1] ** 0.5 / (2 * _INT8_STEPS))
     absolute = _SMALLEST_FP16 / 2 * values.shape[1] ** 0.5 / norms if dtype == "fp16" else torch.zeros_like(norms)
     return UNIT_ROUNDOFF[dtype] + absolute
 

@@ -1,4 +1,4 @@
-"""What the values themselves give away: dropout, clipping, rounding, a factor, one row or one unit. R: rows, W: width."""
+"""What the values themselves give away: dropout, clipping, rounding, a factor, one row or unit. R: rows, W: width."""
 
 from collections.abc import Iterator, Sequence
 

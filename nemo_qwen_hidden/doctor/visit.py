@@ -41,7 +41,9 @@ def choose(job: Job, *, documents: int, tokens: int) -> tuple[Passage, ...]:
     tokenized = tokenize(stream, lambda: load_tokenizer(job.model_folder), vocab_size=vocab_size)
     ids = [document.token_ids for document in islice(tokenized, LOOKED_AT)]
     most = min(tokens, job.batching.max_tokens)
-    passages = tuple(passage_of(index, ids[index], most) for index in chosen([len(each) for each in ids], documents))
+    passages = tuple(
+        passage_of(index, ids[index].tolist(), most) for index in chosen([len(each) for each in ids], documents)
+    )
     require_tokens(sum(len(passage) for passage in passages), job.data_path)
     return passages
 

@@ -43,7 +43,7 @@ def _put_back(sites: Sequence[str], order: Tensor, *, size: int, within: bool) -
 
     def turn(states: States) -> States:
         def moved(values: Tensor) -> Tensor:
-            heads = values.unflatten(1, (-1, size))
+            heads: Tensor = values.unflatten(1, (-1, size))
             return (heads[:, :, back] if within else heads[:, back]).flatten(1)
 
         return {point: moved(values) if point.site in sites else values for point, values in states.items()}
@@ -107,7 +107,7 @@ def _projections(reference: Reference, names: str) -> Iterator[nn.Linear]:
             yield getattr(layer.self_attn, f"{name}_proj")
 
 
-def _rows(edits: Edits, projection: nn.Linear, change: Callable[[Tensor], Tensor], dim: int) -> None:
+def _rows(edits: Edits, projection: Any, change: Callable[[Tensor], Tensor], dim: int) -> None:
     """Changes a projection by its heads, [heads, D, ...], its bias too."""
     for parameter in (projection.weight, projection.bias):
         if parameter is not None:
@@ -194,7 +194,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
     yield _model("softmax-scale", "attention scores are divided by the head size", partial(unscaled, factor=dim**-0.5))
 
 
-def _columns(edits: Edits, projection: nn.Linear, change: Callable[[Tensor], Tensor], size: int) -> None:
+def _columns(edits: Edits, projection: Any, change: Callable[[Tensor], Tensor], size: int) -> None:
     """Changes a projection by blocks of its inputs, [outputs, blocks, size]."""
     edits.weight(projection.weight, change(projection.weight.data.unflatten(1, (-1, size))).flatten(1))
 
