@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,13 @@ from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.cli.fault import fault_line
 from nemo_qwen_hidden.cli.terminal import Terminal
-from nemo_qwen_hidden.config import Settings
+from nemo_qwen_hidden.config import ModelSettings, Settings
 from nemo_qwen_hidden.doctor import foreign, stored, visit
 from nemo_qwen_hidden.doctor.checkup import check_up
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.report import Check, Finding, Report
 from nemo_qwen_hidden.doctor.text import lines_of
-from nemo_qwen_hidden.errors import PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.errors import ConfigError, PeerError, RankError, UserError, status_of
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
@@ -119,6 +120,8 @@ def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) ->
     Raises:
         UserError: it cannot be read, or the model cannot.
     """
+    if replace(settings, model=ModelSettings()) != Settings():
+        raise ConfigError("--against", "must stand with no setting but `model.path`: nothing is run in a layout", path)
     place = Path(path).expanduser()
     if foreign.is_foreign(place):
         folder = locate(settings.model.path)

@@ -34,9 +34,11 @@ examples:
   nemo-qwen-hidden plan parallel=tp2_pp2
   nemo-qwen-hidden inspect out/demo
   nemo-qwen-hidden verify --full out/demo
+  nemo-qwen-hidden doctor parallel.tp=2
 
-COMMAND --help says more. Exit status: 0 done, 1 a fault, or damage that
-verify found, 2 something asked for cannot be done, 130 interrupted.
+COMMAND --help says more. Exit status: 0 done, 1 a fault, or something wrong
+that verify or doctor found, 2 something asked for cannot be done,
+130 interrupted.
 """
 
 _SETTINGS = """\

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis
-from nemo_qwen_hidden.doctor.reference import NO_ROW, Feed, Refeed, Reference, causal
+from nemo_qwen_hidden.doctor.reference import NO_ROW, Feed, Refeed, Reference, causal, zigzag_places
 
 RANKS = (2, 4, 8)
 
@@ -116,6 +116,9 @@ def _positions() -> Iterator[Hypothesis]:
         yield moved("positions-of-ranks", says, partial(_anew, parts=ranks))
         says = f"positions of {ranks} context parallel ranks are given without regard to their zig-zag"
         yield moved("positions-of-ranks", says, partial(_zigzagged, ranks=ranks))
+    for ranks in RANKS:
+        says = f"{ranks} context parallel ranks get consecutive tokens, and attention takes them for a zig-zag's"
+        yield _fed("not-zigzagged", says, _each(partial(_not_zigzagged, ranks=ranks)))
     yield _fed("positions-run-on", "positions go on from one document to the next", _run_on, whole=True)
 
 
@@ -131,10 +134,16 @@ def _anew(positions: Tensor, parts: int) -> Tensor:
 def _zigzagged(positions: Tensor, ranks: int) -> Tensor:
     """The position that a token of the zig-zag would have, were each rank's tokens consecutive."""
     tokens = len(positions)
-    size = max(1, -(-tokens // (2 * ranks)))
-    chunks = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
-    places = torch.cat([torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks])
-    return places.argsort()[:tokens]
+    return zigzag_places(tokens, ranks).argsort()[:tokens]
+
+
+def _not_zigzagged(feed: Feed, ranks: int) -> Feed:
+    """What is the token at place i of the ranks' tokens is taken for that at place i of the zig-zag; padding (token 0)
+    comes between them."""
+    tokens, places = len(feed.token_ids), zigzag_places(len(feed.token_ids), ranks)
+    ids, rows = torch.zeros_like(places), torch.full_like(places, NO_ROW)
+    ids[places[:tokens]], rows[places[:tokens]] = feed.token_ids, feed.rows
+    return Feed(token_ids=ids, positions=torch.arange(len(places)), rows=rows)
 
 
 def _run_on(feeds: Sequence[Feed]) -> Sequence[Feed]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis
 from nemo_qwen_hidden.doctor.observation import Observation, States
-from nemo_qwen_hidden.doctor.reference import NO_ROW
+from nemo_qwen_hidden.doctor.reference import NO_ROW, zigzag_places
 from nemo_qwen_hidden.hookpoint import HookPoint
 
 RANKS = (2, 4, 8)
@@ -52,6 +52,7 @@ def _within() -> Iterator[tuple[str, Order]]:
     for ranks in RANKS:
         zigzagged = f"the zig-zag of {ranks} context parallel ranks was"
         yield f"{zigzagged} not undone", partial(zigzag, ranks=ranks)
+        yield f"{zigzagged} not undone, and padding taken for tokens", partial(_padded_zigzag, ranks=ranks)
         yield f"{zigzagged} undone where there was none", partial(_undone, partial(zigzag, ranks=ranks))
     for ranks in RANKS:
         says = f"stripes of {ranks} ranks (sequence parallel) are put together in the wrong order"
@@ -117,12 +118,14 @@ def _dealt(count: int, ranks: int) -> list[int]:
 
 
 def zigzag(tokens: int, ranks: int) -> Tensor:
-    """The tokens as ``ranks`` context parallel ranks have them, rank after rank: rank r has the chunks r and
-    2 * ranks - 1 - r of 2 * ranks; padding at the end, which fills the last chunks, is left out."""
-    size = max(1, -(-tokens // (2 * ranks)))
-    chunks = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
-    places = torch.cat([torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks])
+    """The tokens as ``ranks`` context parallel ranks have them, rank after rank, without the padding."""
+    places = zigzag_places(tokens, ranks)
     return places[places < tokens]
+
+
+def _padded_zigzag(tokens: int, ranks: int) -> Tensor:
+    places = zigzag_places(tokens, ranks)[:tokens]
+    return torch.where(places < tokens, places, NO_ROW)
 
 
 def _undone(order: Order, tokens: int) -> Tensor:

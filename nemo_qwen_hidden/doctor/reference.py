@@ -255,3 +255,11 @@ def plain_feeds(observation: Observation) -> tuple[Feed, ...]:
 def causal(tokens: int) -> Tensor:
     """bool [tokens, tokens]: each token sees itself and those before it."""
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+def zigzag_places(tokens: int, ranks: int) -> Tensor:
+    """The places of a sequence as ``ranks`` context parallel ranks have them, rank after rank: rank r has the chunks r
+    and 2 * ranks - 1 - r of 2 * ranks. Places from ``tokens`` on are padding, which fills the last chunks."""
+    size = max(1, -(-tokens // (2 * ranks)))
+    chunks = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
+    return torch.cat([torch.arange(chunk * size, (chunk + 1) * size) for chunk in chunks])

@@ -4,6 +4,8 @@ Errors are relative to a row: |found - expected| / |expected|, Euclidean norms o
 a value by at most its unit roundoff u times its magnitude, and so a row by at most u times its norm.
 """
 
+from math import sqrt
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ def stored_errors(values: Tensor, dtype: str) -> Tensor:
     if dtype == "int8":
         largest: Tensor = values.abs().amax(dim=1)
         of_norm: Tensor = largest / norms
-        return of_norm * (values.shape[1] ** 0.5 / (2 * _INT8_STEPS))
-    absolute = _SMALLEST_FP16 / 2 * values.shape[1] ** 0.5 / norms if dtype == "fp16" else torch.zeros_like(norms)
+        return of_norm * (sqrt(values.shape[1]) / (2 * _INT8_STEPS))
+    absolute = _SMALLEST_FP16 / 2 * sqrt(values.shape[1]) / norms if dtype == "fp16" else torch.zeros_like(norms)
     return UNIT_ROUNDOFF[dtype] + absolute
 
 

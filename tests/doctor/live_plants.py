@@ -225,38 +225,51 @@ def other_weights_on_one_replica(model: Any) -> Iterator[None]:
     yield
 
 
+def _consecutive(microbatch: Any, *, part: int, parts: int) -> tuple[range, ...]:
+    """Of every document the part-th piece."""
+    spans = []
+    for start, stop in pairwise(microbatch.bounds()):
+        size = (stop - start) // parts
+        spans.append(range(start + part * size, start + (part + 1) * size))
+    return tuple(spans)
+
+
 @contextmanager
 def zigzag_not_undone(model: Any) -> Iterator[None]:
     """Each context parallel rank takes its tokens for consecutive ones when they are copied."""
+    from nemo_qwen_hidden.capture import pipeline, rows
+
+    view_of = pipeline.view_of
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        with patch.object(rows, "spans_of", _consecutive):
+            view = view_of(*args, **kwargs)
+        return replace(view, spans=view_of(*args, **kwargs).spans)
+
+    with patch.object(pipeline, "view_of", wrong):
+        yield
+
+
+@contextmanager
+def never_zigzagged(model: Any) -> Iterator[None]:
+    """The ranks are given consecutive tokens; Megatron's positions and attention know nothing of it."""
     from nemo_qwen_hidden.capture import rows
 
-    def consecutive(microbatch: Any, *, part: int, parts: int) -> tuple[range, ...]:
-        bounds, spans = microbatch.bounds(), []
-        for start, stop in pairwise(bounds):
-            size = (stop - start) // parts
-            spans.append(range(start + part * size, start + (part + 1) * size))
-        return tuple(spans)
-
-    with patch.object(rows, "spans_of", consecutive):
+    with patch.object(rows, "spans_of", _consecutive):
         yield
 
 
 @contextmanager
 def stripes_swapped(model: Any) -> Iterator[None]:
     """Each of two sequence parallel ranks takes its stripe for the other's when states are copied."""
-    from nemo_qwen_hidden.capture import pipeline
+    from nemo_qwen_hidden.capture import rows
 
-    view_of = pipeline.view_of
+    stripe = rows.stripe
 
-    def swapped(microbatch: Any, topology: Any, *, cp: int, tp: int, choice: Any) -> Any:
-        view = view_of(microbatch, topology, cp=cp, tp=tp, choice=choice)
-        runs = view.stripes[1 - tp]
-        half = microbatch.tokens // 2
-        moved = tuple(replace(run, index=run.index + (half if tp else -half)) for run in runs)
-        stripes = [moved, moved]
-        return replace(view, stripes=tuple(stripes), residual_runs=moved)
+    def others(tokens: int, *, part: int, parts: int) -> range:
+        return stripe(tokens, part=parts - 1 - part, parts=parts)
 
-    with patch.object(pipeline, "view_of", swapped):
+    with patch.object(rows, "stripe", others):
         yield
 
 
@@ -278,5 +291,6 @@ PLANTS: dict[str, Plant] = {
     "other_norm_on_one_tp_rank": other_norm_on_one_tp_rank,
     "other_weights_on_one_replica": other_weights_on_one_replica,
     "zigzag_not_undone": zigzag_not_undone,
+    "never_zigzagged": never_zigzagged,
     "stripes_swapped": stripes_swapped,
 }

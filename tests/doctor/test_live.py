@@ -73,7 +73,7 @@ def test_faults_of_the_model_are_named(start_ranks: Start, folder: Path) -> None
         (Topology(tp=2, sp=True), {"stripes_swapped": "tokens-permuted"}),
         (Topology(pp=2), {"stages_swapped": "layers-out-of-order"}),
         (Topology(dp=2), {"other_weights_on_one_replica": "replicas-differ"}),
-        (Topology(cp=2), {"zigzag_not_undone": "tokens-permuted"}),
+        (Topology(cp=2), {"zigzag_not_undone": "tokens-permuted", "never_zigzagged": "not-zigzagged"}),
     ],
     ids=str,
 )
