@@ -1,13 +1,13 @@
 """What has to hold between the sites of one observation, whatever the model's weights are. R: rows, W: width."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.doctor.observation import Observation
-from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, Check, Place, number, some
+from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, Check, Place, counted, number, some
 from nemo_qwen_hidden.doctor.rounding import UNIT_ROUNDOFF, row_errors, stored_errors, value_bounds
 from nemo_qwen_hidden.hookpoint import (
     ATTN_OUT,
@@ -70,7 +70,7 @@ def _finite(observation: Observation) -> Check:
             kinds = [name for name, found in (("NaN", values.isnan()), ("infinite", values.isinf())) if found.any()]
             detail = f"{' and '.join(kinds)} in {len(rows)} of {int(observation.present.sum())} rows"
             return Check(name=FINITE, status=FAILED, detail=detail, place=_place(observation, point, int(rows[0])))
-    return Check(name=FINITE, status=OK, detail=f"at {len(observation.states)} hook points")
+    return Check(name=FINITE, status=OK, detail=f"at {counted(len(observation.states), 'hook point')}")
 
 
 def _transport(observation: Observation, num_layers: int) -> Check:
@@ -89,7 +89,9 @@ def _transport(observation: Observation, num_layers: int) -> Check:
             detail = f"{point} differs from {before} in {len(rows)} rows"
             place = _place(observation, point, int(rows[0]))
             return Check(name=TRANSPORT, status=FAILED, detail=detail, place=place)
-    return _done(TRANSPORT, compared, f"bit-equal at {compared} layers", "needs resid_pre and the state before it")
+    return _done(
+        TRANSPORT, compared, f"bit-equal at {counted(compared, 'layer')}", "needs resid_pre and the state before it"
+    )
 
 
 def _sum(observation: Observation, num_layers: int, name: str, sites: Sequence[str]) -> Check:
@@ -113,7 +115,9 @@ def _sum(observation: Observation, num_layers: int, name: str, sites: Sequence[s
             place = _place(observation, points[2], int(rows[0]))
             return Check(name=name, status=FAILED, detail=f"{detail}, in {len(rows)} rows", place=place)
         worst = max(worst, float(ratio.max()))
-    return _done(name, compared, f"{compared} layers, within {worst:.2f} of one rounding", f"needs {some(sites)}")
+    return _done(
+        name, compared, f"{counted(compared, 'layer')}, within {worst:.2f} of one rounding", f"needs {some(sites)}"
+    )
 
 
 def _normed(observation: Observation, num_layers: int, norm: FinalNorm | None) -> Check:
@@ -148,8 +152,3 @@ def _done(name: str, compared: int, detail: str, needs: str) -> Check:
 def _place(observation: Observation, point: HookPoint, row: int) -> Place:
     document, token = observation.place(row)
     return Place(hook_point=str(point), document=document, token=token)
-
-
-def first_failed(found: Sequence[Check]) -> Iterator[Check]:
-    """Checks that failed, in order."""
-    return (check for check in found if check.status == FAILED)

@@ -16,7 +16,7 @@ from nemo_qwen_hidden.doctor import inputs, labels, orders, values, weights
 from nemo_qwen_hidden.doctor.compare import Comparison, Noise, compare
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis, together
 from nemo_qwen_hidden.doctor.observation import Observation, States
-from nemo_qwen_hidden.doctor.reference import Reference
+from nemo_qwen_hidden.doctor.reference import Reference, rounded_at_random
 from nemo_qwen_hidden.doctor.report import UNEXPLAINED, Finding, number, some
 from nemo_qwen_hidden.doctor.rounding import FP32_ERROR, NOISE_MULTIPLE, row_errors
 from nemo_qwen_hidden.hookpoint import EMBED, RESID_POST, RESID_PRE, HookPoint
@@ -47,11 +47,13 @@ def noise_of(reference: Reference, observation: Observation, truth: States, coar
     """The error that the compute dtype explains at each hook point.
 
     coarse: the same model in the compute dtype; None where that is fp32. What it differs by from ``truth`` is what
-    rounding does to this model on these tokens.
+    rounding does to this model on these tokens. For fp32, ``truth`` itself is run again with its linears rounded at
+    random: some models amplify rounding a hundredfold at some sites, and none of it says that anything is wrong.
     """
     if coarse is None:
-        return dict.fromkeys(observation.states, FP32_ERROR)
-    rounded = coarse.run(observation, list(truth))
+        rounded = reference.run(observation, list(truth), edits=(rounded_at_random,))
+    else:
+        rounded = coarse.run(observation, list(truth))
     return {
         point: FP32_ERROR + NOISE_MULTIPLE * float(row_errors(states, truth[point]).max())
         for point, states in rounded.items()

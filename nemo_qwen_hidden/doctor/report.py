@@ -80,6 +80,11 @@ def number(value: float) -> str:
     return f"{value:.1e}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def some(texts: Sequence[str], most: int = 4) -> str:
     """All of them, or the ends of a long list."""
     return ", ".join(texts if len(texts) <= most else [*texts[: most - 1], "...", texts[-1]])

@@ -11,7 +11,7 @@ from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import load_tokenizer
 from nemo_qwen_hidden.doctor.checkup import check_up, chosen, passage_of
 from nemo_qwen_hidden.doctor.observation import Passage
-from nemo_qwen_hidden.doctor.report import Report
+from nemo_qwen_hidden.doctor.report import Report, counted
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, EMBED, FINAL_NORM, LAYER_SITES
 from nemo_qwen_hidden.job import Job
 
@@ -92,5 +92,5 @@ def report(job: Job, passages: Sequence[Passage], examined: "Examined") -> Repor
 def described(passages: Sequence[Passage]) -> str:
     """How many tokens of which documents."""
     lengths = [len(passage) for passage in passages]
-    documents = "1 document" if len(lengths) == 1 else f"{len(lengths)} documents"
-    return f"{sum(lengths):,} tokens of {documents}, {min(lengths)} to {max(lengths)} of each"
+    each = f"{min(lengths)} to {max(lengths)} of each" if len(lengths) > 1 else "its first"
+    return f"{counted(sum(lengths), 'token')} of {counted(len(lengths), 'document')}, {each}"
