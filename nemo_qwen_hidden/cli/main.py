@@ -86,7 +86,7 @@ Runs a few documents twice, at every site of every layer, and checks that the
 sums of the residual stream hold, that two runs and all replicas agree bit by
 bit, and that every state is that of transformers. Where something differs it
 says what is wrong, with the first layer, site and token. docs/doctor.md lists
-what it knows.
+what it knows. Settings of capture, tokens and store are not used.
 
 With --against it looks at a store instead, or at states of another program: a
 safetensors file or a folder of .npy with token_ids, and states by hook point or

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
@@ -13,6 +15,7 @@ from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, Check, Finding
 from nemo_qwen_hidden.doctor.rounding import UNIT_ROUNDOFF
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, SITES, HookPoint
+from nemo_qwen_hidden.store.manifest import MEANS
 from nemo_qwen_hidden.store.read.reader import Store
 
 SAME_WEIGHTS = "weights are those that made the store"
@@ -21,22 +24,42 @@ _WINDOW = "max_tokens"
 
 
 def observe(store: Store, *, documents: int, tokens: int) -> Observation:
-    """The beginnings of some documents of a store.
+    """The beginnings of some documents of a store; of a store that keeps some rows alone, up to the first of these at
+    the least.
 
     Raises:
         StoreError: it holds nothing that can be looked at, or a shard is not what the manifest says.
     """
     names = [name for name in store.hook_points if _known(store[name].hook_point)]
-    if not names or not store.rows:
-        raise StoreError("--against", "must hold rows at a site that is known", str(store.path))
+    if not names or not store.states:
+        raise StoreError("--against", "must hold states at a site that is known", str(store.path))
+    if store.manifest.pooling in MEANS:
+        raise StoreError("--against", "must hold states of tokens, not means of them", str(store.path))
     compute = store.manifest.compute_dtype
     if compute not in UNIT_ROUNDOFF:
         raise StoreError("dtypes.compute", f"must be one of {', '.join(UNIT_ROUNDOFF)}", compute)
     passages = tuple(_passages(store, documents, tokens))
-    rows = torch.cat([torch.arange(*_span(store, passage)) for passage in passages])
-    values = store.read(rows, names)
-    states = {store[name].hook_point: values[name].float().flatten(1) for name in names}
-    return Observation(passages=passages, states=states, compute=compute, stored=store.manifest.stored_dtype)
+    rows = np.concatenate([np.arange(*_span(store, passage)) for passage in passages])
+    spans = [_span(store, passage) for passage in passages]
+    kept = np.isin(rows, np.concatenate([store.tokens.kept_rows(start, stop - start) for start, stop in spans]))
+    values = store.read(store.state_of_rows(rows[kept]), names)
+    present = torch.from_numpy(kept)
+    states = {store[name].hook_point: _spread(values[name], present) for name in names}
+    return Observation(
+        passages=passages,
+        states=states,
+        compute=compute,
+        stored=store.manifest.stored_dtype,
+        kept=None if kept.all() else present,
+    )
+
+
+def _spread(values: Tensor, present: Tensor) -> Tensor:
+    """fp32 [R, W] of states [n, ...] of the n rows that are there; 0 elsewhere."""
+    flat = values.float().flatten(1)
+    whole = flat.new_zeros(len(present), flat.shape[1])
+    whole[present] = flat
+    return whole
 
 
 def _known(point: HookPoint) -> bool:
@@ -45,11 +68,24 @@ def _known(point: HookPoint) -> bool:
 
 def _passages(store: Store, documents: int, tokens: int) -> Iterator[Passage]:
     looked_at = range(min(store.documents, _LOOKED_AT))
-    lengths = [len(store.tokens.document_rows(index)) for index in looked_at]
+    first_kept = [_first_kept(store, index) for index in looked_at]
+    lengths = [
+        0 if first is None else len(store.tokens.document_rows(index))
+        for index, first in zip(looked_at, first_kept, strict=True)
+    ]
     for index in chosen(lengths, documents):
-        most = min(tokens, _window(store, index))
+        first = first_kept[index]
+        assert first is not None, "a document without states has no length here"
+        most = min(max(tokens, first + 1), _window(store, index))
         ids = torch.from_numpy(store.document(index).token_id[:most].astype("int64"))
         yield Passage(document=index, token_ids=ids)
+
+
+def _first_kept(store: Store, document: int) -> int | None:
+    """The place of the first token with a state, in the first window of a document; None where there is none."""
+    rows = store.tokens.document_rows(document)
+    kept = store.tokens.kept_rows(rows.start, min(len(rows), _window(store, document)))
+    return int(kept[0]) - rows.start if len(kept) else None
 
 
 def _window(store: Store, document: int) -> int:

@@ -81,7 +81,8 @@ def clipped_at(found: Tensor, expected: Tensor) -> float | None:
 
 def clipped(observation: Observation, expected: States, wrong: Sequence[HookPoint]) -> Iterator[Hypothesis]:
     """Values above a bound were set to it."""
-    bounds = {point: clipped_at(observation.states[point], expected[point]) for point in wrong if point in expected}
+    rows = observation.present
+    bounds = {p: clipped_at(observation.states[p][rows], expected[p][rows]) for p in wrong if p in expected}
     found = {point: bound for point, bound in bounds.items() if bound is not None}
     if not found:
         return

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from nemo_qwen_hidden.config import Settings
+from nemo_qwen_hidden.config import CaptureSettings, Settings, TokenSettings
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import load_tokenizer
@@ -24,9 +24,9 @@ SITES = tuple(site for site in LAYER_SITES if site != ATTN_WEIGHTS)
 
 
 def everywhere(settings: Settings) -> Settings:
-    """``settings`` with every site of every layer as its hook points, but attention weights."""
+    """``settings`` with every site of every layer as its hook points, but attention weights, and all tokens."""
     points = (EMBED, *(f"{site}@0:" for site in SITES), FINAL_NORM)
-    return replace(settings, capture=replace(settings.capture, hook_points=points))
+    return replace(settings, capture=CaptureSettings(hook_points=points), tokens=TokenSettings())
 
 
 def choose(job: Job, *, documents: int, tokens: int) -> tuple[Passage, ...]:

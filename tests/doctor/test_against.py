@@ -53,23 +53,40 @@ def status_of(report: dict[str, Any], name: str) -> str:
     return next(check["status"] for check in report["checks"] if name in check["name"])
 
 
-def store(path: Path, case: Case, states: planted.States, *, stored: str = "fp32", folder: Path | None = None) -> Path:
-    """A store of these states of the case's documents, which names the weights in ``folder``."""
+def store(
+    path: Path,
+    case: Case,
+    states: planted.States,
+    *,
+    stored: str = "fp32",
+    folder: Path | None = None,
+    kept: Callable[[int], Sequence[int]] | None = None,
+    pooling: str | None = None,
+) -> Path:
+    """A store of these states of the case's documents, which names the weights in ``folder``. kept: of a document of
+    some tokens, those whose states are stored."""
     points = by_depth(states, LAYERS)
     with session.locked(path):
         with session.staging(path) as staged:
             with TokenTableWriter(staged, shard_rows=20) as writer:
                 for index, ids in enumerate(case.documents):
-                    writer.append(document_id=str(index), source="test", token_ids=ids.int().numpy())
+                    places = None if kept is None else np.array(kept(len(ids)), np.int64)
+                    writer.append(document_id=str(index), source="test", token_ids=ids.int().numpy(), kept=places)
             part = writer.close()
             model = {"path": str(case.folder), "weights_sha256": weights_sha256(TensorFiles.of(folder or case.folder))}
-            target = draft(part, hidden_size=64, stored_dtype=stored, model=model, hook_points=())
-            shards = target.grid.shards
-            entries = tuple(HookPointEntry.of(point, num_layers=LAYERS, shards=shards) for point in points)
-            target = draft(part, hidden_size=64, stored_dtype=stored, model=model, hook_points=entries)
+            fields = {"hidden_size": 64, "stored_dtype": stored, "model": model, "pooling": pooling}
+            shards = draft(part, **fields, hook_points=()).grid.shards
+            entries = tuple(HookPointEntry.of(point, num_layers=LAYERS, shards=shards, shape=(64,)) for point in points)
+            target = draft(part, **fields, hook_points=entries)
             session.start(path, target, {}, staged=staged)
         torch_dtype = {"bf16": torch.bfloat16}.get(stored, torch.float32)
-        write_states(path, target, {point: states[point].to(torch_dtype) for point in points})
+        rows = [
+            start + token
+            for start, length in zip(np.cumsum((0, *LENGTHS)).tolist(), LENGTHS, strict=False)
+            for token in (range(length) if kept is None else kept(length))
+        ]
+        kept_states = {point: states[point][rows].to(torch_dtype) for point in points}
+        write_states(path, target, kept_states, [range(target.states)])
         finish(path, target)
     return path
 
@@ -113,6 +130,22 @@ def test_a_store_of_other_weights(tmp_path: Path, case: Case, against: Against) 
     status, report = against(store(tmp_path / "store", case, some(case.run(), "embed"), folder=other))
     assert (status, faults(report)) == (1, ["other-weights"]), report
     assert status_of(report, "transformers") == "ok"
+
+
+@pytest.mark.parametrize("kept", [lambda n: range(0, n, 3), lambda n: [n - 1]], ids=["every third", "last"])
+@pytest.mark.parametrize(("base", "found"), [(1e6, []), (1e4, ["rope-base"])])
+def test_a_store_that_keeps_some_rows(
+    kept: Callable[[int], Sequence[int]], base: float, found: list[str], tmp_path: Path, case: Case, against: Against
+) -> None:
+    states = some(planted.rope_base(case, base), "embed", "resid_post@0", "resid_post@2")
+    status, report = against(store(tmp_path / "store", case, states, kept=kept), "--tokens", "4")
+    assert (status, faults(report)) == (len(found), found), report
+
+
+def test_means_are_refused(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    path = store(tmp_path / "store", case, some(case.run(), "embed"), kept=lambda n: [n - 1], pooling="mean")
+    assert main(["doctor", "--against", str(path)]) == 2
+    assert "must hold states of tokens, not means" in capsys.readouterr().err
 
 
 def test_a_damaged_row_is_placed(tmp_path: Path, case: Case, against: Against) -> None:
