@@ -19,7 +19,7 @@ from nemo_qwen_hidden.doctor.checkup import check_up
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.report import Check, Finding, Report
 from nemo_qwen_hidden.doctor.text import lines_of
-from nemo_qwen_hidden.errors import ConfigError, PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.errors import USER_ERROR, ConfigError, PeerError, RankError, UserError, status_of
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
@@ -89,7 +89,8 @@ def _be_a_rank(job: Job, terminal: Terminal, log: Path, *, documents: int, token
         watched(pulse, lambda fault: terminal.error(f"{fault} (more in {log})")),
     ):
         passages = on_rank_0(lambda: visit.choose(job, documents=documents, tokens=tokens), groups, status_of=status_of)
-        examined = _examined(job, passages, groups, pulse)
+        with _one_says():
+            examined = _examined(job, passages, groups, pulse)
         report = visit.report(job, passages, examined) if groups.place.rank == 0 else None
         return report, broadcast_value(report is not None and report.healthy, groups)
 
@@ -112,6 +113,25 @@ def _saying_at_once(terminal: Terminal, log: Path) -> Iterator[None]:
     except Exception as error:
         terminal.error(str(error) if isinstance(error, UserError) else fault_line(error, log))
         raise PeerError(status_of(error)) from error
+
+
+@contextmanager
+def _one_says() -> Iterator[None]:
+    """Of an error that several ranks of torchrun's run into, one is left to be said."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from nemo_qwen_hidden.parallel.peers import first_to_fail
+
+    try:
+        yield
+    except UserError as error:
+        if not first_to_fail(_get_default_store()):
+            raise PeerError(USER_ERROR) from error
+        raise
+    except RuntimeError as error:
+        if launch.is_lost_peer(error):
+            raise PeerError from error
+        raise
 
 
 def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) -> Report:
