@@ -11,7 +11,8 @@ from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
 from nemo_qwen_hidden.doctor import algebra
 from nemo_qwen_hidden.doctor.compare import Comparison, compare
-from nemo_qwen_hidden.doctor.diagnose import DESCRIBED, Diagnosis, noise_of
+from nemo_qwen_hidden.doctor.diagnose import DESCRIBED, Diagnosis
+from nemo_qwen_hidden.doctor.noise import noise_of
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.reference import Reference
 from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, UNEXPLAINED, Check, Finding, Report, number

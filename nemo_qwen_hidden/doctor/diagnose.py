@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nemo_qwen_hidden.doctor import inputs, labels, orders, values, weights
+from nemo_qwen_hidden.doctor import inputs, labels, layers, orders, values, weights
 from nemo_qwen_hidden.doctor.compare import Comparison, Noise, compare
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis, together
+from nemo_qwen_hidden.doctor.noise import noise_of
 from nemo_qwen_hidden.doctor.observation import Observation, States
-from nemo_qwen_hidden.doctor.reference import Reference, rounded_at_random
+from nemo_qwen_hidden.doctor.reference import Reference
 from nemo_qwen_hidden.doctor.report import UNEXPLAINED, Finding, number, some
-from nemo_qwen_hidden.doctor.rounding import FP32_ERROR, NOISE_MULTIPLE, row_errors
+from nemo_qwen_hidden.doctor.rounding import row_errors
 from nemo_qwen_hidden.hookpoint import EMBED, RESID_POST, RESID_PRE, HookPoint
 
 MOST_FAULTS = 3
@@ -43,23 +44,6 @@ class Outcome:
         return left < theirs or (left == theirs and self.error * _TIE < other.error)
 
 
-def noise_of(reference: Reference, observation: Observation, truth: States, coarse: Reference | None) -> Noise:
-    """The error that the compute dtype explains at each hook point.
-
-    coarse: the same model in the compute dtype; None where that is fp32. What it differs by from ``truth`` is what
-    rounding does to this model on these tokens. For fp32, ``truth`` itself is run again with its linears rounded at
-    random: some models amplify rounding a hundredfold at some sites, and none of it says that anything is wrong.
-    """
-    if coarse is None:
-        rounded = reference.run(observation, list(truth), edits=(rounded_at_random,))
-    else:
-        rounded = coarse.run(observation, list(truth))
-    return {
-        point: FP32_ERROR + NOISE_MULTIPLE * float(row_errors(states, truth[point]).max())
-        for point, states in rounded.items()
-    }
-
-
 class Diagnosis:
     """Looks for what is wrong with ``observation``.
 
@@ -82,6 +66,9 @@ class Diagnosis:
 
     def findings(self) -> list[Finding]:
         """What is wrong, in the order in which it was found; empty where nothing is."""
+        misfits = [point for point in self._points if self._observation.states[point].shape != self._truth[point].shape]
+        if misfits:
+            return [self._misfit(misfits[0])]
         found = []
         bad = values.nonfinite_rows(self._observation)
         if bool(bad.any()):
@@ -124,7 +111,7 @@ class Diagnosis:
             yield labels.relabelled(reference, self._observation, wrong, self._noise)
         yield values.clipped(self._observation, self._base, wrong)
         yield values.factors(self._observation, self._base, wrong)
-        yield [*inputs.hypotheses(reference), *weights.hypotheses(reference, wrong[0])]
+        yield [*inputs.hypotheses(reference), *weights.hypotheses(reference), *layers.hypotheses(reference, wrong[0])]
         yield self._fitted(comparison, held)
         yield self._nearest(comparison, self._base)
 
@@ -204,7 +191,7 @@ class Diagnosis:
 
         coarse = min((2 + step / 2 for step in range(13)), key=error)
         base = 10 ** _minimum(error, coarse - 0.5, coarse + 0.5)
-        yield weights.rope_base_hypothesis(base, weights.own_rope_base(self._reference))
+        yield weights.rope_base_hypothesis(base, weights.own_rope_base(self._reference), fitted=True)
 
     def _nearest(self, comparison: Comparison, expected: States) -> Iterator[Hypothesis]:
         """Whatever order the rows are in, by the nearest state at the deepest hook point that differs."""
@@ -229,6 +216,11 @@ class Diagnosis:
             f"explains {len(before.wrong) - left} of the {len(before.wrong)} hook points that differ",
         ]
         return Finding(fault=outcome.hypothesis.fault, says=outcome.hypothesis.says, evidence=tuple(evidence))
+
+    def _misfit(self, point: HookPoint) -> Finding:
+        found, wanted = self._observation.states[point].shape[1], self._truth[point].shape[1]
+        says = f"states at {point} are {found} numbers wide, where the model's are {wanted}: it is another model's"
+        return Finding(fault="other-width", says=says)
 
     def _nonfinite(self, bad: Tensor) -> Finding:
         row = int(bad.nonzero()[0])
@@ -308,12 +300,12 @@ class Diagnosis:
         wrong: Mapping[int, list[HookPoint]] = {
             layer: [point for point in comparison.wrong if point.layer == layer] for layer in range(count)
         }
-        layers = [layer for layer, found in wrong.items() if found]
-        if not layers:
+        others = [layer for layer, found in wrong.items() if found]
+        if not others:
             return UNEXPLAINED, "every layer computes what it should from what it gets"
-        sites = some([str(wrong[layer][0]) for layer in layers])
-        line = f"from what it gets, {_layers(layers)} of {count} computes something else, first at {sites}"
-        return ("few-layers" if len(layers) <= max(1, count // 4) else UNEXPLAINED), line
+        sites = some([str(wrong[layer][0]) for layer in others])
+        line = f"from what it gets, {_named(others)} of {count} computes something else, first at {sites}"
+        return ("few-layers" if len(others) <= max(1, count // 4) else UNEXPLAINED), line
 
 
 DESCRIBED = {
@@ -324,9 +316,9 @@ DESCRIBED = {
 }
 
 
-def _layers(layers: Sequence[int]) -> str:
-    listed = some([str(layer) for layer in layers])
-    return f"layer {listed}" if len(layers) == 1 else f"layers {listed}"
+def _named(numbers: Sequence[int]) -> str:
+    listed = some([str(number) for number in numbers])
+    return f"layer {listed}" if len(numbers) == 1 else f"layers {listed}"
 
 
 def _minimum(error: Callable[[float], float], low: float, high: float, steps: int = 40) -> float:

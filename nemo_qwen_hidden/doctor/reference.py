@@ -6,7 +6,6 @@ Its modules are hooked, never rewritten: what transformers computes is the truth
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from nemo_qwen_hidden.doctor.algebra import FinalNorm
 from nemo_qwen_hidden.doctor.observation import Observation
-from nemo_qwen_hidden.doctor.rounding import TORCH_DTYPES, UNIT_ROUNDOFF
+from nemo_qwen_hidden.doctor.rounding import TORCH_DTYPES
 from nemo_qwen_hidden.hookpoint import (
     ATTN_OUT,
     EMBED,
@@ -238,23 +237,6 @@ class _Tap:
         for point, module in points.items():
             if point in self.wanted:
                 self._handles.append(module.register_forward_hook(hook_of(point)))
-
-
-def rounded_at_random(reference: Reference, edits: Edits) -> None:
-    """An edit: every linear's output moves by about two roundings of fp32, as another order of its sums would move it
-    (Monte Carlo arithmetic, Parker 1997). Seeded."""
-    generator = torch.Generator().manual_seed(0)
-
-    def move(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        size = output.norm(dim=-1, keepdim=True) / sqrt(output.shape[-1])
-        noise = torch.randn(output.shape, generator=generator)
-        moved: Tensor = output + noise * size * (2 * UNIT_ROUNDOFF["fp32"])
-        return moved
-
-    for layer in reference.layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                edits.hook(module.register_forward_hook(move))
 
 
 def plain_feeds(observation: Observation) -> tuple[Feed, ...]:

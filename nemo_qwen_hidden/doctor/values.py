@@ -14,6 +14,8 @@ from nemo_qwen_hidden.hookpoint import ATTN_OUT, EMBED, MLP_OUT, RESID_MID, RESI
 
 LARGEST_FP16 = 65504.0
 _DROPPED = (0.005, 0.95)
+_MOST_OF_IT = 0.99
+_BEYOND = {"fp32": 1.001, "fp16": 1.01, "bf16": 1.05}
 _ADDENDS = {RESID_MID: (RESID_PRE, ATTN_OUT), RESID_POST: (RESID_MID, MLP_OUT)}
 
 
@@ -69,10 +71,10 @@ def factors(observation: Observation, expected: States, wrong: Sequence[HookPoin
     yield Hypothesis(fault="scaled", says=f"values are {' or '.join(said[:3])} times what they should be", turn=turn)
 
 
-def clipped_at(found: Tensor, expected: Tensor) -> float | None:
-    """The bound that ``found`` was clipped at, where that is all that sets it apart from ``expected``."""
+def clipped_at(found: Tensor, expected: Tensor, compute: str) -> float | None:
+    """The bound that ``found`` was clipped at, where all that is clearly beyond it in ``expected`` is there."""
     bound = float(found.abs().max())
-    beyond = expected.abs() > bound * 1.001
+    beyond = expected.abs() > bound * _BEYOND[compute]
     if not bool(beyond.any()):
         return None
     at_bound = (found.abs() == bound) & (found.sign() == expected.sign())
@@ -82,7 +84,8 @@ def clipped_at(found: Tensor, expected: Tensor) -> float | None:
 def clipped(observation: Observation, expected: States, wrong: Sequence[HookPoint]) -> Iterator[Hypothesis]:
     """Values above a bound were set to it."""
     rows = observation.present
-    bounds = {p: clipped_at(observation.states[p][rows], expected[p][rows]) for p in wrong if p in expected}
+    states, compute = observation.states, observation.compute
+    bounds = {p: clipped_at(states[p][rows], expected[p][rows], compute) for p in wrong if p in expected}
     found = {point: bound for point, bound in bounds.items() if bound is not None}
     if not found:
         return
@@ -114,14 +117,14 @@ def shape_of(comparison: Comparison, observation: Observation, expected: States)
     found, wanted = observation.states[point], expected.get(point)
     fault = "unexplained"
     if wanted is not None and wanted.shape == found.shape:
-        off = (found - wanted)[rows].abs()
-        worst = off.amax(dim=0)
-        telling = worst > 1e-3 * float(wanted.abs().median())
-        units = telling.nonzero()[:, 0].tolist()
-        whole = float(off.square().sum())
-        if len(units) <= max(1, found.shape[1] // 50) and float(off[:, units].square().sum()) > 0.999 * whole:
+        # each unit by its own size: a few of a language model's are hundreds of times larger than the others
+        sizes = wanted[observation.present].square().mean(dim=0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        shares, units_by_share = ((found - wanted)[rows] / sizes).square().sum(dim=0).sort(descending=True)
+        needed = int((shares.cumsum(dim=0) < _MOST_OF_IT * shares.sum()).sum()) + 1
+        units = sorted(units_by_share[:needed].tolist())
+        if len(units) <= max(1, found.shape[1] // 50):
             fault = "few-units"
-            lines.append(f"all of it in {len(units)} of {found.shape[1]} units: {units[:8]}")
+            lines.append(f"nearly all of it in {len(units)} of {found.shape[1]} units: {units[:8]}")
         elif len(rows) <= max(1, present // 50):
             fault = "few-rows"
             places = [observation.place(int(row)) for row in rows[:4]]

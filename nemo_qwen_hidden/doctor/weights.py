@@ -1,9 +1,8 @@
-"""Hypotheses about the model itself: weights put in the wrong places, settings of another model, layers in disorder.
+"""Hypotheses about the model itself: weights put in the wrong places, and settings of another model.
 
 N: query heads, G: key/value groups, D: size of a head, H: hidden, F: inner units of the MLP.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 from nemo_qwen_hidden.doctor.hypothesis import Hypothesis, Turn
 from nemo_qwen_hidden.doctor.observation import States
 from nemo_qwen_hidden.doctor.reference import Edit, Edits, Reference
-from nemo_qwen_hidden.hookpoint import ROT_K, ROT_Q, HookPoint, K, Q, Z
+from nemo_qwen_hidden.hookpoint import ROT_K, ROT_Q, K, Q, Z
 
 ROPE_BASES = (1e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6, 1e7)
 EPSILONS = (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 RANKS = (2, 4, 8)
 
 
-def hypotheses(reference: Reference, first_wrong: HookPoint) -> Iterator[Hypothesis]:
-    """Those that make sense for this model. first_wrong: the first hook point that differs."""
+def hypotheses(reference: Reference) -> Iterator[Hypothesis]:
+    """Those that make sense for this model."""
     yield from _rotary(reference)
     yield from _biases()
     yield from _attention(reference)
@@ -30,7 +29,6 @@ def hypotheses(reference: Reference, first_wrong: HookPoint) -> Iterator[Hypothe
     yield from _norms(reference)
     yield from _reduction(reference)
     yield from _embedding(reference)
-    yield from _layers(reference, first_wrong)
 
 
 def _model(fault: str, says: str, edit: Edit, turn: Turn | None = None) -> Hypothesis:
@@ -70,9 +68,10 @@ def own_rope_base(reference: Reference) -> float:
     return float(reference.config.rope_theta)
 
 
-def rope_base_hypothesis(base: float, own: float) -> Hypothesis:
-    """The model was run with ``base`` instead of its ``own`` theta."""
-    return _model("rope-base", f"the rotary base is {base:.6g}, where the model's is {own:.6g}", rope_base(base))
+def rope_base_hypothesis(base: float, own: float, *, fitted: bool = False) -> Hypothesis:
+    """The model was run with ``base`` instead of its ``own`` theta. fitted: ``base`` is as near as the error tells."""
+    said = f"about {base:,.0f}" if fitted else f"{base:.6g}"
+    return _model("rope-base", f"the rotary base is {said}, where the model's is {own:.6g}", rope_base(base))
 
 
 def _rotary(reference: Reference) -> Iterator[Hypothesis]:
@@ -362,89 +361,3 @@ def _embedding(reference: Reference) -> Iterator[Hypothesis]:
     for ranks in RANKS:
         says = f"ranges of the vocabulary are swapped between {ranks} tensor parallel ranks"
         yield _model("vocabulary", says, partial(ranges, ranks=ranks))
-
-
-# Order of layers
-
-
-def _layers(reference: Reference, first_wrong: HookPoint) -> Iterator[Hypothesis]:
-    count = reference.num_layers
-    for says, order in layer_orders(count, first_wrong):
-        yield _model("layers-out-of-order", says, partial(run_layers, order=order))
-
-
-def run_layers(reference: Reference, edits: Edits, order: Sequence[int | None]) -> None:
-    """Runs layers in another order, some perhaps twice; None leaves a place out."""
-    layers, placed = reference.layers, list[nn.Module]()
-    for place, index in enumerate(order):
-        if index is None:
-            placed.append(_Passing())
-        else:  # hooks tell places apart by their modules
-            placed.append(copy.deepcopy(layers[index]) if index in order[:place] else layers[index])
-    edits.attribute(reference.model, "layers", nn.ModuleList(placed))
-
-
-class _Passing(nn.Module):
-    """In the place of a layer that is left out; has what hooks are put on, of which none but its own is called."""
-
-    attention_type = "full_attention"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn, self.mlp, self.post_attention_layernorm = nn.Identity(), nn.Identity(), nn.Identity()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self.self_attn, name, nn.Identity())
-        self.mlp.down_proj = nn.Identity()
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
-
-
-def layer_orders(count: int, first_wrong: HookPoint) -> Iterator[tuple[str, list[int | None]]]:
-    """Orders that a pipeline could have come to, and small ones around the first layer that differs."""
-    seen: set[tuple[int | None, ...]] = {tuple(range(count))}
-
-    def fresh(says: str, order: Sequence[int | None]) -> Iterator[tuple[str, list[int | None]]]:
-        if tuple(order) not in seen:
-            seen.add(tuple(order))
-            yield says, list(order)
-
-    for stages in range(2, min(count, 16) + 1):
-        if count % stages:
-            continue
-        size = count // stages
-        blocks = [list(range(start, start + size)) for start in range(0, count, size)]
-        for shift in (1, stages - 1):
-            order = [layer for block in blocks[shift:] + blocks[:shift] for layer in block]
-            yield from fresh(
-                f"{stages} pipeline stages of {size} layers run in the wrong order, {shift} too early", order
-            )
-        order = [layer for block in reversed(blocks) for layer in block]
-        yield from fresh(f"{stages} pipeline stages of {size} layers run in reverse order", order)
-        for chunks in range(2, stages):
-            if stages % chunks:
-                continue
-            ranks = stages // chunks
-            interleaved = [chunk * ranks + rank for rank in range(ranks) for chunk in range(chunks)]
-            order = [layer for index in interleaved for layer in blocks[index]]
-            says = f"{chunks} virtual stages on each of {ranks} ranks run rank by rank, not chunk by chunk"
-            yield from fresh(says, order)
-            inverse = [interleaved.index(index) for index in range(stages)]
-            order = [layer for index in inverse for layer in blocks[index]]
-            yield from fresh(f"{chunks} virtual stages on each of {ranks} ranks hold each other's layers", order)
-    yield from fresh("the layers run in reverse order", list(reversed(range(count))))
-    layer = first_wrong.layer
-    if layer is None:
-        return
-    for start in (layer, layer - 1):
-        if 0 <= start < count - 1:
-            order = [*range(start), start + 1, start, *range(start + 2, count)]
-            yield from fresh(f"layers {start} and {start + 1} are swapped", order)
-    for other in range(count):
-        order = [other if index == layer else index for index in range(count)]
-        yield from fresh(f"layer {other} runs in the place of layer {layer}", order)
-    yield from fresh(f"layer {layer} is left out", [None if index == layer else index for index in range(count)])
-    yield from fresh(
-        f"layer {layer} is left out, and those after it move up",
-        [*(index for index in range(count) if index != layer), None],
-    )

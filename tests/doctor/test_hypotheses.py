@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_qwen_hidden.doctor import inputs, orders, weights
+from nemo_qwen_hidden.doctor import inputs, layers, orders, weights
 from nemo_qwen_hidden.doctor.checkup import chosen
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.reference import Reference
@@ -34,7 +34,8 @@ def reference(case: Case) -> Reference:
 def test_every_fault_is_in_the_document(reference: Reference, case: Case) -> None:
     observation = observed(case, case.run())
     hypotheses = [
-        *weights.hypotheses(reference, HookPoint("resid_post", 1)),
+        *weights.hypotheses(reference),
+        *layers.hypotheses(reference, HookPoint("resid_post", 1)),
         *inputs.hypotheses(reference),
         *orders.hypotheses(observation, tuple(observation.states)),
     ]
@@ -50,7 +51,7 @@ def test_a_hypothesis_leaves_the_reference_as_it_was(reference: Reference, case:
     observation = Observation(passages=passages, states={}, compute="fp32", stored="fp32")
     before = reference.run(observation, points)
     weights_before = {name: value.clone() for name, value in reference.model.state_dict().items()}
-    for hypothesis in weights.hypotheses(reference, HookPoint("resid_post", 1)):
+    for hypothesis in (*weights.hypotheses(reference), *layers.hypotheses(reference, HookPoint("resid_post", 1))):
         hypothesis.expect(reference, observation, points)
     after = reference.run(observation, points)
     assert all(torch.equal(before[point], after[point]) for point in points)

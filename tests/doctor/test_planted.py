@@ -1,11 +1,14 @@
 """Each planted fault is named right, and none is seen where there is none."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from nemo_qwen_hidden.doctor.diagnose import Diagnosis, noise_of
+from nemo_qwen_hidden.doctor.diagnose import Diagnosis
+from nemo_qwen_hidden.doctor.noise import noise_of
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.reference import Reference
 from nemo_qwen_hidden.doctor.report import Finding
@@ -83,7 +86,7 @@ def _normed(case: Case) -> Callable[[States], None]:
 FAULTS: dict[str, tuple[Plant, str, str]] = {
     # plant, fault, a word of the sentence
     "rope base in a list": (lambda c: planted.rope_base(c, 1e4), "rope-base", "10000"),
-    "rope base in no list": (lambda c: planted.rope_base(c, 31415.0), "rope-base", "314"),
+    "rope base in no list": (lambda c: planted.rope_base(c, 31415.0), "rope-base", "about 31,41"),
     "rope interleaved": (planted.rope_interleaved, "rope-interleaved", "neighbouring"),
     "no QKV bias": (lambda c: planted.zero_biases(c, "q", "k", "v"), "qkv-bias-missing", "Q, K, V"),
     "no K bias": (lambda c: planted.zero_biases(c, "k"), "qkv-bias-missing", "of K is"),
@@ -175,6 +178,43 @@ def test_a_planted_fault_is_named(name: str, case: Case, references: dict[str, R
 
 def test_nothing_is_wrong_with_a_healthy_model(case: Case, references: dict[str, Reference]) -> None:
     assert findings(references, observed(case, case.run())) == []
+
+
+COARSE = (
+    "rope base in a list",
+    "no K bias",
+    "gate and up",
+    "virtual stages",
+    "fused QKV by rows",
+    "documents leak",
+    "left padding misread",
+    "zig-zag of 2",
+    "one layer early",
+    "transformers' tuple",
+    "one unit",
+    "clipped",
+)
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_a_planted_fault_is_named_in_bf16(name: str, case: Case, references: dict[str, Reference]) -> None:
+    plant, fault, word = FAULTS[name]
+    states = plant(InBf16(case.folder, case.documents))
+    found = findings(references, observed(case, states, compute="bf16", stored="bf16"))
+    assert [each.fault for each in found] == [fault], found
+    assert word in found[0].says, found
+
+
+class InBf16(Case):
+    """Runs its models in bf16."""
+
+    def run(self, model: Any = None, **inputs: Any) -> States:
+        return super().run(copy.deepcopy(model or self.model).to(torch.bfloat16), **inputs)
+
+
+def test_states_of_another_width(case: Case, references: dict[str, Reference]) -> None:
+    states = {point: values[:, :32] for point, values in case.run().items()}
+    assert [each.fault for each in findings(references, observed(case, states))] == ["other-width"]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
