@@ -73,9 +73,11 @@ def relabelled(
 def _search(
     reference: Reference, observation: Observation, wrong: Sequence[HookPoint], noise: Noise
 ) -> Mapping[HookPoint, Source]:
-    """For each of ``wrong`` the state of the model that it is, where it is one; on the longest passage alone."""
-    longest = max(range(len(observation.passages)), key=lambda index: len(observation.passages[index]))
-    small = observation.only([longest], wrong)
+    """For each of ``wrong`` the state of the model that it is, where it is one; on the passage with the most rows."""
+    passages = range(len(observation.passages))
+    starts = observation.starts
+    rows = [int(observation.present[starts[index] : starts[index + 1]].sum()) for index in passages]
+    small = observation.only([max(passages, key=rows.__getitem__)], wrong)
     count = reference.num_layers
     points = [HookPoint(EMBED), *(HookPoint(site, layer) for layer in range(count) for site in _PER_LAYER)]
     states = reference.run(small, points)

@@ -95,6 +95,11 @@ class Reference:
         return self.model.layers
 
     @property
+    def blocks(self) -> list[Any]:
+        """The decoder layers that have weights: not what stands in the place of one that was left out."""
+        return [layer for layer in self.layers if hasattr(layer, "input_layernorm")]
+
+    @property
     def num_layers(self) -> int:
         """L."""
         return int(self.config.num_hidden_layers)

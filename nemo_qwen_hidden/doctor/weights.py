@@ -101,7 +101,7 @@ def _rotary(reference: Reference) -> Iterator[Hypothesis]:
 
 
 def _projections(reference: Reference, names: str) -> Iterator[nn.Linear]:
-    for layer in reference.layers:
+    for layer in reference.blocks:
         for name in names:
             yield getattr(layer.self_attn, f"{name}_proj")
 
@@ -135,7 +135,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
     dim = reference.head_dim
 
     def in_order(reference: Reference, edits: Edits) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             attention = layer.self_attn
             for kind in ("weight", "bias"):
                 parts = [getattr(getattr(attention, f"{name}_proj"), kind) for name in "qkv"]
@@ -149,7 +149,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
         yield _model("qkv-layout", says, in_order)
 
     def exchanged(reference: Reference, edits: Edits, one: str, other: str) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             first, second = (getattr(layer.self_attn, f"{name}_proj") for name in (one, other))
             for left, right in ((first.weight, second.weight), (first.bias, second.bias)):
                 values = left.data
@@ -165,7 +165,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
 
     def tiled(reference: Reference, edits: Edits) -> None:
         """Head h is moved to where transformers gives it the keys of group h % G."""
-        for layer in reference.layers:
+        for layer in reference.blocks:
             attention = layer.self_attn
             _rows(edits, attention.q_proj, lambda rows: rows[order], dim)
             _columns(edits, attention.o_proj, lambda columns: columns[:, order], dim)
@@ -175,7 +175,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
         yield _model("kv-groups", says, tiled, _put_back((Q, ROT_Q, Z), order, size=dim, within=False))
 
     def blocks(reference: Reference, edits: Edits, ranks: int) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             _columns(edits, layer.self_attn.o_proj, partial(torch.roll, shifts=1, dims=1), heads // ranks * dim)
 
     for ranks in RANKS:
@@ -184,7 +184,7 @@ def _attention(reference: Reference) -> Iterator[Hypothesis]:
             yield _model("heads-permuted", says, partial(blocks, ranks=ranks))
 
     def unscaled(reference: Reference, edits: Edits, factor: float) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             edits.attribute(layer.self_attn, "scaling", layer.self_attn.scaling * factor)
 
     yield _model(
@@ -203,7 +203,7 @@ def _columns(edits: Edits, projection: Any, change: Callable[[Tensor], Tensor], 
 
 def _mlp(reference: Reference) -> Iterator[Hypothesis]:
     def swapped(reference: Reference, edits: Edits) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
             values = gate.weight.data
             edits.weight(gate.weight, up.weight.data)
@@ -212,14 +212,14 @@ def _mlp(reference: Reference) -> Iterator[Hypothesis]:
     yield _model("gate-up-swapped", "gate and up are swapped in the MLP", swapped)
 
     def by_rank(reference: Reference, edits: Edits, ranks: int) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
             halves = [part.chunk(2) for part in torch.cat([gate.data, up.data]).chunk(ranks)]
             edits.weight(gate, torch.cat([first for first, _ in halves]))
             edits.weight(up, torch.cat([second for _, second in halves]))
 
     def blocks(reference: Reference, edits: Edits, ranks: int) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             down = layer.mlp.down_proj
             _columns(edits, down, partial(torch.roll, shifts=1, dims=1), down.in_features // ranks)
 
@@ -231,7 +231,7 @@ def _mlp(reference: Reference) -> Iterator[Hypothesis]:
             yield _model("units-permuted", says, partial(blocks, ranks=ranks))
 
     def activation(reference: Reference, edits: Edits, other: nn.Module) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             edits.attribute(layer.mlp, "act_fn", other)
 
     others = (("GELU", nn.GELU()), ("GELU by tanh", nn.GELU(approximate="tanh")), ("ReLU", nn.ReLU()))
@@ -285,7 +285,7 @@ _NORMS = {
 
 def norms_of(reference: Reference, which: str = "all") -> Iterator[Any]:
     """Norm modules: ``all``, ``final``, or those of one name in every layer."""
-    for layer in reference.layers:
+    for layer in reference.blocks:
         for name in ("input_layernorm", "post_attention_layernorm"):
             if which in ("all", name):
                 yield getattr(layer, name)
@@ -298,7 +298,7 @@ def norms_of(reference: Reference, which: str = "all") -> Iterator[Any]:
 
 def _reduction(reference: Reference) -> Iterator[Hypothesis]:
     def scaled(reference: Reference, edits: Edits, factor: float, attention: bool, mlp: bool) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             for used, projection in ((attention, layer.self_attn.o_proj), (mlp, layer.mlp.down_proj)):
                 if used:
                     edits.weight(projection.weight, projection.weight.data * factor)
@@ -316,7 +316,7 @@ def _reduction(reference: Reference) -> Iterator[Hypothesis]:
             yield _model("averaged", says, seldom)
 
     def partial_sum(reference: Reference, edits: Edits, ranks: int, rank: int, attention: bool, mlp: bool) -> None:
-        for layer in reference.layers:
+        for layer in reference.blocks:
             for used, projection in ((attention, layer.self_attn.o_proj), (mlp, layer.mlp.down_proj)):
                 if used:
                     kept = torch.zeros_like(projection.weight.data)

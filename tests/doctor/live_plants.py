@@ -6,6 +6,7 @@ A plant is a context manager that is entered on every rank with the model just l
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def reports(
     ]
 
 
+def healthy_reports(
+    rank: Rank, topologies: Sequence[Topology], folder: Path, documents: Sequence[Sequence[int]]
+) -> list[Report]:
+    """One layout after the other, all of as many ranks."""
+    found = []
+    for number, topology in enumerate(topologies):
+        elsewhere = replace(rank, rendezvous=rank.rendezvous.with_name(f"{rank.rendezvous.name}-{number}"))
+        found += reports(elsewhere, topology, folder, documents, ["healthy"], "fp32") or []
+    return found
+
+
 def layers(model: Any) -> Iterator[Any]:
     for chunk in model.chunks:
         yield from chunk.decoder.layers
@@ -65,6 +77,14 @@ def rope_base(model: Any) -> Iterator[None]:
         dim = 2 * len(rotary.inv_freq)
         rotary.inv_freq = 1e4 ** -(torch.arange(0, dim, 2).float() / dim)
         rotary.forward.cache_clear()  # Megatron remembers tables by their length
+    yield
+
+
+@contextmanager
+def positions_shifted(model: Any) -> Iterator[None]:
+    for chunk in model.chunks:
+        rotary = chunk.rotary_pos_emb
+        rotary.forward = partial(rotary.forward, offset=2)
     yield
 
 
@@ -276,6 +296,7 @@ def stripes_swapped(model: Any) -> Iterator[None]:
 PLANTS: dict[str, Plant] = {
     "healthy": lambda model: nullcontext(),
     "rope_base": rope_base,
+    "positions_shifted": positions_shifted,
     "no_qkv_bias": no_qkv_bias,
     "gate_and_up_swapped": gate_and_up_swapped,
     "dropout_on_embeddings": dropout_on_embeddings,

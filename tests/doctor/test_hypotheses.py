@@ -1,6 +1,7 @@
 """The list of hypotheses: documented, each one a change, and together they explain two faults at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,30 @@ def test_two_faults_at_once_are_both_named(reference: Reference, case: Case) -> 
     states = planted.rows_of_each(Both(case.folder, case.documents), lambda length: planted.zigzag(length, 2))
     found = findings({"fp32": reference}, observed(case, states))
     assert [each.fault for each in found] == ["tokens-permuted", "rope-base"], found
+
+
+def test_a_layer_left_out_and_another_fault(reference: Reference, case: Case) -> None:
+    """Hypotheses about weights are tried on a model that lacks a layer."""
+    model = case.changed(lambda model: model.layers[1].register_forward_hook(lambda _m, args, _out: args[0]))
+    other = Run(case.folder, case.documents, model)
+    moved = planted.rows_of_each(other, lambda length: planted.zigzag(length, 2))
+    found = findings({"fp32": reference}, observed(case, {p: v for p, v in moved.items() if p.site in _STREAM}))
+    assert [each.fault for each in found] == ["tokens-permuted", "layers-out-of-order"], found
+    assert "layer 1 is left out" in found[1].says
+
+
+_STREAM = ("embed", "resid_post", "final_norm")
+
+
+class Run(Case):
+    """Runs another model in the place of its own."""
+
+    def __init__(self, folder: Path, documents: tuple[torch.Tensor, ...], other: Any) -> None:
+        super().__init__(folder, documents)
+        object.__setattr__(self, "other", other)
+
+    def run(self, model: Any = None, **inputs: Any) -> planted.States:
+        return super().run(model or self.other, **inputs)  # type: ignore[attr-defined]
 
 
 def test_documents_are_chosen_by_how_different_their_lengths_are() -> None:

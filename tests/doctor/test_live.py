@@ -1,6 +1,7 @@
 """On ranks: the doctor finds nothing wrong with a healthy model in any layout, and names what is planted."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, Report
 from nemo_qwen_hidden.topology import Topology
-from tests.doctor.live_plants import reports
+from tests.doctor.live_plants import healthy_reports, reports
 from tests.support.models import Tiny, save_tiny
 
 LENGTHS = (17, 40, 1, 29, 6, 33)
@@ -37,6 +38,7 @@ def statuses(report: Report) -> dict[str, str]:
 
 ONE_RANK = {
     "rope_base": ("rope-base", "10000"),
+    "positions_shifted": ("positions-shifted", "+2"),
     "no_qkv_bias": ("qkv-bias-missing", "Q, K, V"),
     "gate_and_up_swapped": ("gate-up-swapped", "gate and up"),
     "dropout_on_embeddings": ("dropout", "embed"),
@@ -87,13 +89,29 @@ def test_faults_of_a_layout_are_named(
         assert found[name].faults[0] == fault, (name, found[name])
 
 
-@pytest.mark.parametrize(
-    "topology", [Topology(pp=2, vp=2), Topology(tp=2, cp=2, sp=True), Topology(pp=2, dp=2)], ids=str
-)
-def test_nothing_is_wrong_with_a_healthy_model(topology: Topology, start_ranks: Start, folder: Path) -> None:
-    report = planted(start_ranks, folder, topology, "healthy")["healthy"]
-    assert FAILED not in statuses(report).values() and not report.findings, report
-    assert statuses(report)["dp replicas agree"] == (OK if topology.dp > 1 else SKIPPED)
+def layouts(world: int) -> list[Topology]:
+    """Every product of the axes on ``world`` ranks that this model of 4 layers and 2 query groups allows."""
+    found = []
+    for tp, cp, pp, vp, dp, sp in product((1, 2), (1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4), (False, True)):
+        fits = tp * cp * pp * dp == world and pp * vp <= 4
+        if fits and not (sp and tp == 1) and not (vp > 1 and pp == 1):
+            found.append(Topology(tp=tp, cp=cp, pp=pp, vp=vp, dp=dp, sp=sp))
+    return found
+
+
+@pytest.mark.parametrize(("world", "start"), [(2, 0), (4, 0), (4, 6), (4, 12)])
+def test_nothing_is_wrong_with_a_healthy_model(world: int, start: int, start_ranks: Start, folder: Path) -> None:
+    topologies = layouts(world)[start : start + 6]
+    found = start_ranks(world, healthy_reports, topologies, folder, documents())[0]
+    for topology, report in zip(topologies, found, strict=True):
+        assert FAILED not in statuses(report).values() and not report.findings, (topology, report)
+        assert statuses(report)["every hook point agrees with transformers"] == OK
+        assert statuses(report)["dp replicas agree"] == (OK if topology.dp > 1 else SKIPPED)
+        assert statuses(report)["tp replicas agree"] == (OK if topology.tp > 1 and not topology.sp else SKIPPED)
+
+
+def test_that_is_every_layout() -> None:
+    assert [len(layouts(world)) for world in (2, 4)] == [6, 16]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
