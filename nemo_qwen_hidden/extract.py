@@ -4,7 +4,6 @@ Three steps, so that whoever starts the ranks can stand between them: ``begin`` 
 ``run`` (every rank: hidden states into the store), ``finish`` (one process: the manifest), all inside of ``locked``.
 """
 
-import os
 import resource
 import shutil
 import time
@@ -26,7 +25,7 @@ from nemo_qwen_hidden.errors import ConfigError, DataError, StoreError, status_o
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel.heap import HeapTrimmer
-from nemo_qwen_hidden.parallel.launch import local_world
+from nemo_qwen_hidden.parallel.launch import fair_threads
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.part import Norms, make_part
 from nemo_qwen_hidden.plan.microbatches import Microbatch, Segment, plan
@@ -249,7 +248,7 @@ def run(
     """
     import torch
 
-    torch.set_num_threads(job.settings.runtime.threads or _fair_threads(job.topology.world))
+    torch.set_num_threads(job.settings.runtime.threads or fair_threads(job.topology.world))
     place = groups.place
     speaks = place.tp == 0 and place.cp == 0 and place.pp == 0
     start = time.perf_counter()
@@ -541,8 +540,3 @@ def _lengths(tokens: PartTokens) -> Iterator[int]:
     """Tokens of every document of a part, in order, read some at a time."""
     for start in range(0, tokens.documents, LENGTHS_AT_ONCE):
         yield from tokens.lengths(start, min(start + LENGTHS_AT_ONCE, tokens.documents)).tolist()
-
-
-def _fair_threads(world: int) -> int:
-    """This machine's usable cores, shared equally among the ranks on it."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world(world))

@@ -3,16 +3,18 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.cli import PROGRAM
 from nemo_qwen_hidden.cli.store_commands import add_commands
-from nemo_qwen_hidden.errors import HiddenStatesError, PeerError, UserError
+from nemo_qwen_hidden.errors import FAILED, HiddenStatesError, PeerError, UserError
 
 if TYPE_CHECKING:
+    from nemo_qwen_hidden.config import Settings
+    from nemo_qwen_hidden.doctor.report import Report
     from nemo_qwen_hidden.job import Job
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -32,9 +34,11 @@ examples:
   nemo-qwen-hidden plan parallel=tp2_pp2
   nemo-qwen-hidden inspect out/demo
   nemo-qwen-hidden verify --full out/demo
+  nemo-qwen-hidden doctor parallel.tp=2
 
-COMMAND --help says more. Exit status: 0 done, 1 a fault, or damage that
-verify found, 2 something asked for cannot be done, 130 interrupted.
+COMMAND --help says more. Exit status: 0 done, 1 a fault, or something wrong
+that verify or doctor found, 2 something asked for cannot be done,
+130 interrupted.
 """
 
 _SETTINGS = """\
@@ -72,6 +76,28 @@ examples:
   nemo-qwen-hidden extract parallel=tp2_pp2 capture=last data.path=texts \\
       store.path=out/last
   nemo-qwen-hidden extract --config recipes/one_machine/config.yaml
+"""
+)
+
+_DOCTOR = (
+    _SETTINGS
+    + """
+Runs a few documents twice, at every site of every layer, and checks that the
+sums of the residual stream hold, that two runs and all replicas agree bit by
+bit, and that every state is that of transformers. Where something differs it
+says what is wrong, with the first layer, site and token. docs/doctor.md lists
+what it knows. Settings of capture, tokens and store are not used.
+
+With --against it looks at a store instead, or at states of another program: a
+safetensors file or a folder of .npy with token_ids, and states by hook point or
+as hidden_states.
+
+examples:
+  nemo-qwen-hidden doctor model.path=Qwen/Qwen2.5-0.5B parallel.tp=2
+  nemo-qwen-hidden doctor --against out/demo
+  nemo-qwen-hidden doctor --against dump.safetensors model.path=my_model
+
+Exit status: 0 healthy, 1 something is wrong, 2 it cannot be looked at.
 """
 )
 
@@ -141,12 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     extract = _command(commands, "extract", "run documents through a model and store hidden states", _EXTRACT)
     plan = _command(commands, "plan", "say what extract would do, without loading weights", _PLAN)
-    for command, run in ((extract, _extract), (plan, _plan)):
+    doctor = _command(commands, "doctor", "check hidden states, and say what is wrong with them", _DOCTOR)
+    for command, run in ((extract, _extract), (plan, _plan), (doctor, _doctor)):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, or presets as GROUP=NAME")
         command.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a recipe's")
         command.add_argument("--settings", action=_ShowSettings, help="list every setting and preset, and exit")
         command.set_defaults(run=run)
-    extract.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    for command in (extract, doctor):
+        command.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    doctor.add_argument("--against", metavar="STORE", help="look at a store, or at a file of states, not at a model")
+    doctor.add_argument("--documents", type=_at_least_one, default=8, metavar="N", help="look at N documents (8)")
+    doctor.add_argument("--tokens", type=_at_least_one, default=128, metavar="N", help="and the first N tokens (128)")
+    doctor.add_argument("--json", action="store_true", help="the report for programs: JSON on stdout")
     add_commands(partial(_command, commands))
     return parser
 
@@ -159,6 +191,12 @@ def _command(commands: "Commands", name: str, help_text: str, epilog: str) -> ar
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r} instead")
+    return int(text)
 
 
 class _ShowSettings(argparse.Action):
@@ -176,7 +214,9 @@ class _ShowSettings(argparse.Action):
         parser.exit(0)
 
 
-def _prepared(parsed: argparse.Namespace, *, for_store: bool) -> "Job":
+def _prepared(
+    parsed: argparse.Namespace, *, for_store: bool, change: "Callable[[Settings], Settings] | None" = None
+) -> "Job":
     """The job, checked. Every rank that torchrun started finds the same fault here, and one of a machine says it.
 
     The others wait: torchrun ends them as soon as that one ends, and ends that one, said or not, as soon as they do.
@@ -187,6 +227,7 @@ def _prepared(parsed: argparse.Namespace, *, for_store: bool) -> "Job":
 
     try:
         settings = compose(parsed.overrides, config=parsed.config)
+        settings = change(settings) if change is not None else settings
         return prepare(settings, world=launched_world(), for_store=for_store)
     except UserError:
         if not is_first_of_machine():
@@ -216,3 +257,27 @@ def _plan(parsed: argparse.Namespace) -> int:
     with Terminal() as terminal:
         show.plan(job, terminal)
     return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from nemo_qwen_hidden.cli import doctor
+    from nemo_qwen_hidden.cli.compose import compose
+    from nemo_qwen_hidden.cli.terminal import Terminal
+    from nemo_qwen_hidden.doctor.visit import everywhere
+    from nemo_qwen_hidden.parallel.launch import is_first_rank
+    from nemo_qwen_hidden.store.fields import to_json
+
+    looked_at = {"documents": parsed.documents, "tokens": parsed.tokens}
+    with Terminal(quiet=parsed.quiet or parsed.json or not is_first_rank()) as terminal:
+        if parsed.against is not None:
+            settings = compose(parsed.overrides, config=parsed.config)
+            report: Report | None = doctor.at_a_store(parsed.against, settings, **looked_at)
+            healthy = report is not None and report.healthy
+        else:
+            job = _prepared(parsed, for_store=False, change=everywhere)
+            report, healthy = doctor.at_a_live_model(job, terminal, **looked_at)
+        if report is not None and parsed.json:
+            print(to_json(report.as_dict()).decode(), end="")
+        elif report is not None:
+            doctor.show(report, terminal)
+    return 0 if healthy else FAILED

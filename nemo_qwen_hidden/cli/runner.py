@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import extract
+from nemo_qwen_hidden.cli.fault import fault_line
 from nemo_qwen_hidden.cli.terminal import Bar, Terminal
-from nemo_qwen_hidden.errors import USER_ERROR, HiddenStatesError, PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.errors import USER_ERROR, PeerError, RankError, UserError, status_of
 from nemo_qwen_hidden.extract import Begun, RankResult, Summary
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
@@ -70,17 +70,9 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
     except UserError:
         raise
     except Exception as error:
-        fault = RankError(_fault(error, log))
+        fault = RankError(fault_line(error, log.path))
         fault.add_note(_unfinished(job))
         raise fault from error
-
-
-def _fault(error: Exception, log: Log) -> str:
-    """One line for the terminal; all of it goes into the log, unless its disk is the full one that is the reason."""
-    with suppress(OSError), open(log.path, "a", encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
-    reason = str(error) if isinstance(error, HiddenStatesError) else f"{type(error).__name__}: {error}"
-    return f"{reason.splitlines()[0]} (more in {log.path})"
 
 
 @contextmanager
@@ -95,7 +87,7 @@ def _saying_at_once(terminal: Terminal, log: Log, running: Job | None = None) ->
     except PeerError:
         raise
     except Exception as error:
-        terminal.error(str(error) if isinstance(error, UserError) else _fault(error, log))
+        terminal.error(str(error) if isinstance(error, UserError) else fault_line(error, log.path))
         if running is not None:
             terminal.error(_unfinished(running))
         raise PeerError(status_of(error)) from error

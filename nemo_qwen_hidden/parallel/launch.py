@@ -100,6 +100,11 @@ def local_world(world: int) -> int:
     return int(told)
 
 
+def fair_threads(world: int) -> int:
+    """This machine's usable cores, shared equally among the ranks on it."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world(world))
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or none that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -310,6 +310,7 @@ HELP = {
     "extract": ["--settings", "--config", "model.path=", "capture.hook_points=", "data.path=", "store.path=", "Ctrl-C"],
     "plan": ["--settings", "Loads no weights", "model.path=", "example:"],
     "inspect": ["--json", "STORE", "open_store"],
+    "doctor": ["--against", "--documents", "--tokens", "--json", "model.path=", "transformers", "exit status"],
 }
 
 

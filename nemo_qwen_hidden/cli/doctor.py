@@ -1,0 +1,181 @@
+"""``nemo-qwen-hidden doctor``: looks at a live model on the ranks of a layout, or at a store, and reports."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
+from nemo_qwen_hidden.checkpoint.locate import locate
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.cli.fault import fault_line
+from nemo_qwen_hidden.cli.terminal import Terminal
+from nemo_qwen_hidden.config import ModelSettings, Settings
+from nemo_qwen_hidden.doctor import foreign, stored, visit
+from nemo_qwen_hidden.doctor.checkup import check_up
+from nemo_qwen_hidden.doctor.observation import Observation, Passage
+from nemo_qwen_hidden.doctor.report import Check, Finding, Report
+from nemo_qwen_hidden.doctor.text import lines_of
+from nemo_qwen_hidden.errors import USER_ERROR, ConfigError, PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.parallel import launch
+from nemo_qwen_hidden.parallel.watch import Pulse
+from nemo_qwen_hidden.store.read.reader import open_store
+
+if TYPE_CHECKING:
+    from nemo_qwen_hidden.doctor.live import Examined
+    from nemo_qwen_hidden.parallel.groups import ProcessGroups
+
+
+def at_a_live_model(job: Job, terminal: Terminal, *, documents: int, tokens: int) -> tuple[Report | None, bool]:
+    """Runs the model in the layout of ``job``. The report, on ranks other than 0 None, and whether all is well.
+
+    Raises:
+        UserError: it could not be done. RankError: a fault. PeerError: a rank of torchrun's failed and has said why.
+    """
+    log = _log()
+    launched = launch.launched_world() is not None
+    try:
+        with launch.output_to(log):
+            run = _be_a_rank if launched else _start_ranks
+            done = run(job, terminal, log, documents=documents, tokens=tokens)
+    except (UserError, PeerError, KeyboardInterrupt):
+        log.unlink(missing_ok=True)
+        raise
+    except Exception as error:
+        raise RankError(fault_line(error, log)) from error
+    log.unlink(missing_ok=True)
+    return done
+
+
+def _log() -> Path:
+    """Where libraries' words go; it is kept where there was a fault."""
+    descriptor, name = tempfile.mkstemp(prefix="nemo_qwen_hidden-doctor-", suffix=".log")
+    os.close(descriptor)
+    return Path(name)
+
+
+def _start_ranks(job: Job, terminal: Terminal, log: Path, *, documents: int, tokens: int) -> tuple[Report | None, bool]:
+    with launch.one_interrupt():
+        launch.warm_up(log)
+        passages = visit.choose(job, documents=documents, tokens=tokens)
+        terminal.note(f"running {visit.described(passages)} on {job.topology}")
+        reports: list[Report | None] = launch.run_ranks(_started, (job, passages), world=job.topology.world, log=log)
+    report = reports[0]
+    assert report is not None, "rank 0 makes the report"
+    return report, report.healthy
+
+
+def _started(rank: launch.Rank, job: Job, passages: Sequence[Passage]) -> Report | None:
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        examined = _examined(job, passages, groups, rank.pulse)
+    return visit.report(job, passages, examined) if rank.rank == 0 else None
+
+
+def _be_a_rank(job: Job, terminal: Terminal, log: Path, *, documents: int, tokens: int) -> tuple[Report | None, bool]:
+    from nemo_qwen_hidden.parallel.agree import broadcast_value, on_rank_0
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.peers import watched
+
+    pulse = Pulse()
+    with (
+        _saying_at_once(terminal, log),
+        process_groups(job.topology) as groups,
+        watched(pulse, lambda fault: terminal.error(f"{fault} (more in {log})")),
+    ):
+        passages = on_rank_0(lambda: visit.choose(job, documents=documents, tokens=tokens), groups, status_of=status_of)
+        with _one_says():
+            examined = _examined(job, passages, groups, pulse)
+        report = visit.report(job, passages, examined) if groups.place.rank == 0 else None
+        return report, broadcast_value(report is not None and report.healthy, groups)
+
+
+def _examined(job: Job, passages: Sequence[Passage], groups: "ProcessGroups", pulse: Pulse) -> "Examined":
+    import torch
+
+    torch.set_num_threads(job.settings.runtime.threads or launch.fair_threads(job.topology.world))
+    with pulse.running():
+        return visit.examine(job, passages, groups, pulse.progressed)
+
+
+@contextmanager
+def _saying_at_once(terminal: Terminal, log: Path) -> Iterator[None]:
+    """A rank of torchrun's says what is raised inside before its peers notice and it is ended for it."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except Exception as error:
+        terminal.error(str(error) if isinstance(error, UserError) else fault_line(error, log))
+        raise PeerError(status_of(error)) from error
+
+
+@contextmanager
+def _one_says() -> Iterator[None]:
+    """Of an error that several ranks of torchrun's run into, one is left to be said."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from nemo_qwen_hidden.parallel.peers import first_to_fail
+
+    try:
+        yield
+    except UserError as error:
+        if not first_to_fail(_get_default_store()):
+            raise PeerError(USER_ERROR) from error
+        raise
+    except RuntimeError as error:
+        if launch.is_lost_peer(error):
+            raise PeerError from error
+        raise
+
+
+def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) -> Report:
+    """Looks at a store of this package, or at states that another program has stored, in this process.
+
+    Raises:
+        UserError: it cannot be read, or the model cannot.
+    """
+    if replace(settings, model=ModelSettings()) != Settings():
+        raise ConfigError("--against", "must stand with no setting but `model.path`: nothing is run in a layout", path)
+    place = Path(path).expanduser()
+    if foreign.is_foreign(place):
+        folder = locate(settings.model.path)
+        architecture = read_architecture(folder)
+        TensorFiles.of(folder).check(architecture.shape)
+        count = architecture.shape.num_layers
+        observation = foreign.observe(place, num_layers=count, documents=documents, tokens=tokens)
+        subject = [("states", str(place))]
+        return _report(subject, folder, observation, architecture, [], [])
+    store = open_store(path)
+    named = store.manifest.model.get("path")
+    path_there = named if isinstance(named, str) and named != "embedded demo model" else None
+    folder = locate(settings.model.path or path_there)
+    architecture = read_architecture(folder)
+    TensorFiles.of(folder).check(architecture.shape)
+    observation = stored.observe(store, documents=documents, tokens=tokens)
+    check, findings = stored.same_weights(store, folder)
+    return _report([("store", str(path))], folder, observation, architecture, [check], findings)
+
+
+def _report(
+    subject: Sequence[tuple[str, str]],
+    folder: Path,
+    observation: Observation,
+    architecture: Architecture,
+    checks: Sequence[Check],
+    findings: Sequence[Finding],
+) -> Report:
+    dtypes = f"{observation.compute}, stored in {observation.stored}"
+    about = [*subject, ("model", str(folder)), ("dtype", dtypes), ("documents", visit.described(observation.passages))]
+    return check_up(observation, folder, architecture, subject=about, checks=checks, findings=findings)
+
+
+def show(report: Report, terminal: Terminal) -> None:
+    """The report as text, on stdout."""
+    for line in lines_of(report):
+        terminal.line(line)
