@@ -54,8 +54,8 @@ def activation_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int
 
 def gathered_bytes(shape: DecoderShape, *, tokens: int, tp: int, itemsize: int) -> int:
     """Upper estimate of keys and values of all ``tokens`` (S x B) on each rank of a cp group: as they come, in the
-    order of the sequence, and in what attention makes of them."""
-    return 4 * tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * itemsize
+    order of the sequence, in what attention makes of them, and what gloo has not let go of yet."""
+    return 6 * tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * itemsize
 
 
 def travelling_bytes(shape: DecoderShape, *, tokens: int, itemsize: int) -> int:
