@@ -40,8 +40,13 @@ LAYOUTS = (
     Topology(pp=2),
     Topology(cp=2),  # Transformer Engine's own, in bf16
     Topology(tp=2, cp=2, sp=True),
-    Topology(pp=3),
+    Topology(pp=2, vp=2),
 )
+
+
+def model_for(topology: Topology) -> Tiny:
+    """Layers enough for its stages."""
+    return next(tiny for tiny in (TINY[1], TINY[0]) if tiny.layers >= topology.stages)
 
 
 def require_gpus(world: int) -> None:
@@ -57,7 +62,7 @@ def test_every_site(
 ) -> None:
     """Over all tokens of a document: a single state that a sum makes small has no bits to spare in bf16."""
     require_gpus(topology.world)
-    batch, folder = ragged_batch(), tiny_folders[TINY[1]]
+    batch, folder = ragged_batch(), tiny_folders[model_for(topology)]
     chosen = {"hook_points": EVERY_SITE, "packing": packing}
     ((states,),) = start_ranks(topology.world, gathered, topology, [folder], batch, (chosen,), dtype)[0]
     for row, (length, reference) in enumerate(zip(batch.lengths, transformers_sites(folder, batch), strict=True)):
@@ -88,7 +93,7 @@ def test_an_edit(topology: Topology, dtype: str, tiny_folders: dict[Tiny, Path],
     from transformers import AutoModelForCausalLM
 
     require_gpus(topology.world)
-    batch, folder = ragged_batch(), tiny_folders[TINY[1]]
+    batch, folder = ragged_batch(), tiny_folders[model_for(topology)]
     ours = torch.from_numpy(start_ranks(topology.world, steered, topology, folder, batch, dtype)[0])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = model.model.layers
