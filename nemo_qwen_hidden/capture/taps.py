@@ -145,22 +145,17 @@ class Taps:
 
     def _weighted_sums(self, view: View, state_CBW: Tensor, *, split: bool) -> Tensor:
         """fp32 [segments, W of this rank]: of each segment the weighted sum of the rows that this rank has."""
-        choice = self._capture.choice
-        assert choice is not None and choice.weights is not None
         first_index = 0 if split else view.first_index
         runs = view.all_runs if split else view.residual_runs
         sums = state_CBW.new_zeros(len(view.microbatch.segments), state_CBW.shape[-1], dtype=torch.float32)
-        for number, segment in enumerate(view.microbatch.segments):
-            weights = choice.weights(segment.first_row, segment.length)
-            if weights is None:
-                continue
-            weights = weights.to(state_CBW.device)
-            for run in runs:
-                offset = run.first_row - segment.first_row
-                if 0 <= offset < segment.length:
-                    start = run.index - first_index
-                    rows = state_CBW[start : start + run.length, run.sequence].float()
-                    sums[number] += weights[offset : offset + run.length] @ rows
+        number_of = view.microbatch.segment_numbers()
+        for run in runs:
+            number = number_of(run.first_row)
+            weights = view.weights[number]
+            if weights is not None:
+                offset, start = run.first_row - view.microbatch.segments[number].first_row, run.index - first_index
+                rows = state_CBW[start : start + run.length, run.sequence].float()
+                sums[number] += weights[offset : offset + run.length].to(rows.device) @ rows
         return sums
 
     def _emit(self, point: HookPoint, values: Tensor, divisor: Tensor | None) -> None:
