@@ -149,7 +149,7 @@ class BatchCalls:
             {HookPoint: [batch, tokens, *shape]} in the compute dtype, zero where nothing was kept, on the ranks asked
             for and {} on the others; ``shape`` is [hidden], [heads, head_dim], ... (``plan.shapes.state_shape``, with
             as many keys as there are tokens). With ``pool`` [batch, *shape]. With ``none`` {HookPoint: LocalStates} of
-            the hook points of this rank's stages, rows not reshaped.
+            those hook points of which this rank holds a state, rows not reshaped.
 
         Raises:
             ConfigError: a hook point that the model lacks, or arguments that do not fit each other.
