@@ -406,7 +406,7 @@ def _run_gathering(
                 expected,
                 groups,
                 widths=widths,
-                dtype=model.config.params_dtype,
+                dtype=capture.dtype(model.config.params_dtype),
                 divisors=begun.manifest.pooling not in MEANS,
             )
             for piece in slices:

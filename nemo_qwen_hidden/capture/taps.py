@@ -33,9 +33,9 @@ from nemo_qwen_hidden.plan.slices import Run
 class LocalSlice:
     """What one rank answers for of one hook point in one microbatch.
 
-    values: [n, W] in the compute dtype, a copy of its own; its rows are those that ``runs`` keep, in order. divisor:
-    fp32 [n], behind the final norm alone: what the norm divided each row by, so that the state before it can be had
-    again.
+    values: [n, W] in the compute dtype, means in fp32, a copy of its own; its rows are those that ``runs`` keep, in
+    order. divisor: fp32 [n], behind the final norm alone: what the norm divided each row by, so that the state before
+    it can be had again.
     """
 
     hook_point: HookPoint
@@ -62,6 +62,10 @@ class Capture:
     def pools(self) -> bool:
         """Whether there is one state for each segment, instead of one for each row."""
         return self.choice is not None and self.choice.weights is not None
+
+    def dtype(self, compute: torch.dtype) -> torch.dtype:
+        """Of what a sink gets: sums are not rounded to the compute dtype."""
+        return torch.float32 if self.pools else compute
 
 
 class Taps:

@@ -457,7 +457,8 @@ class BatchCalls:
         widths = {point: prod(shape) for point, shape in shapes.items()}
         expected = holdings(batch.microbatches, wanted, self.stages, self.groups.topology)
         divisors = divisors and not wanted.pools
-        slices = gather_slices(buffer, expected, self.groups, widths=widths, dtype=self._like.dtype, divisors=divisors)
+        dtype = wanted.dtype(self._like.dtype)
+        slices = gather_slices(buffer, expected, self.groups, widths=widths, dtype=dtype, divisors=divisors)
         here = gather == "all" or self.groups.place.rank == 0
         whole = batch.assembler.assemble(slices, widths if here else {}, self._like)
         if gather == "all":
