@@ -208,8 +208,13 @@ def check(settings: Settings) -> None:
     for setting, size in sizes:
         if size is not None and size < 1:
             problems.append(ConfigError(setting, "must be at least 1", size))
-    if settings.store.commit_secs < 0:
-        problems.append(ConfigError("store.commit_secs", "must be at least 0", settings.store.commit_secs))
+    amounts = (
+        ("capture.most_attention_gb", settings.capture.most_attention_gb),
+        ("store.commit_secs", settings.store.commit_secs),
+    )
+    for setting, amount in amounts:
+        if not amount >= 0:  # nor NaN, above which nothing is
+            problems.append(ConfigError(setting, "must be at least 0", amount))
     if settings.store.add is not None and settings.store.overwrite:
         problems.append(ConfigError("store.overwrite", "must be false where `store.add` adds to a store", True))
     problems += _token_problems(settings.tokens)

@@ -168,7 +168,7 @@ def norm_job(job: Job) -> Job | None:
     if tokens.max_norm is None or store.add == "hook_points" or known:
         return None
     point = norm_point(tokens, job.points, num_layers=job.architecture.shape.num_layers)
-    path = job.store_path.with_name(f".{job.store_path.name}.norms")
+    path = _norms_path(job)
     chosen = replace(
         settings,
         tokens=replace(tokens, max_norm=None, max_norm_at=None),
@@ -179,8 +179,13 @@ def norm_job(job: Job) -> Job | None:
 
 
 def drop_norms(job: Job) -> None:
-    """Takes the store of a ``norm_job`` away, once the rows are chosen or the job has failed."""
-    shutil.rmtree(job.store_path, ignore_errors=True)
+    """Takes the store of the ``norm_job`` of ``job`` away, once the rows are chosen or the job has failed, and one that
+    a killed job has left. Called while ``job`` is ``locked``."""
+    shutil.rmtree(_norms_path(job), ignore_errors=True)
+
+
+def _norms_path(job: Job) -> Path:
+    return job.store_path.with_name(f".{job.store_path.name}.norms")
 
 
 def _norms(job: Job | None) -> Norms | None:
@@ -401,7 +406,7 @@ def _run_gathering(
                 expected,
                 groups,
                 widths=widths,
-                dtype=model.config.params_dtype,
+                dtype=capture.dtype(model.config.params_dtype),
                 divisors=begun.manifest.pooling not in MEANS,
             )
             for piece in slices:

@@ -5,7 +5,6 @@ C: tokens that a context-parallel rank has, S: tokens of the sequence axis, B: s
 rank, D: size of a head, n: rows kept (of all tp ranks), A: asked heads of this tp rank, K: keys, the width of a row.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -67,11 +66,10 @@ class AttentionInputs:
         positions = [_positions(spans_of(microbatch, part=part, parts=parts)) for part in range(parts)]
         key_SBGD = gather_tokens(self.key, positions, process_groups.cp)
         found = self.query.new_zeros(len(self.query), len(self.groups), self.asked.keys)
-        places = {segment.first_row: (segment, sequence, offset) for segment, sequence, offset in microbatch.places()}
-        starts = sorted(places)
+        places, number_of = list(microbatch.places()), microbatch.segment_numbers()
         done = 0
         for run in (run for stripe in self.view.stripes for run in stripe):
-            segment, sequence, offset = places[starts[bisect_right(starts, run.first_row) - 1]]
+            segment, sequence, offset = places[number_of(run.first_row)]
             last_seen = run.first_row - segment.first_row + torch.arange(run.length)[_offsets(run)]
             keys = key_SBGD[offset : offset + int(last_seen[-1]) + 1, sequence][:, list(self.groups)]
             hidden = torch.arange(len(keys)) > last_seen[:, None]

@@ -135,9 +135,10 @@ class BoundEdit:
         index, sequences = index.to(state_CBH.device), sequences.to(state_CBH.device)
         rows = state_CBH[index, sequences]
         changed = self.edit.change(rows, where)
-        if changed.shape != rows.shape:
+        given = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        if given != list(rows.shape):
             rule = f"must give states of the shape that it got, {list(rows.shape)}"
-            raise ConfigError(f"edit at {self.edit.hook_point}", rule, list(changed.shape))
+            raise ConfigError(f"edit at {self.edit.hook_point}", rule, given)
         return state_CBH.index_put((index, sequences), changed.to(rows.dtype))
 
     def _tokens(self, view: View) -> tuple[Tensor, Tensor, Where]:

@@ -7,6 +7,7 @@ receiver walk the same list in the same order.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -128,7 +129,7 @@ class BatchAssembler:
 
     def __init__(self, lengths: Sequence[int], tokens: int) -> None:
         self._lengths, self._tokens = lengths, tokens
-        self._first_rows = [sum(lengths[:index]) for index in range(len(lengths))]
+        self._first_rows = list(accumulate(lengths, initial=0))[:-1]
 
     def place_of(self, row: int) -> tuple[int, int]:
         """Sequence and position of a row."""

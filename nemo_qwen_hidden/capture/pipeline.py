@@ -162,9 +162,11 @@ class Pipeline:
                 taps[stage.number] = stack.enter_context(
                     tapped(stage.model, self.capture, points, edits, self.groups, sink)
                 )
-            yield taps
-            for stage in self.stages:
-                stage.model.set_input_tensor(None)
+            try:
+                yield taps
+            finally:
+                for stage in self.stages:
+                    stage.model.set_input_tensor(None)
 
     def _order(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Stage]]:
         """What this rank runs, in the order that all pipeline ranks share: with virtual stages, pp microbatches go

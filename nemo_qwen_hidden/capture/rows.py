@@ -30,7 +30,7 @@ class View:
     stripes: for each tp rank the runs that it answers for, of the tokens that this context-parallel rank has. own: this
     rank's. first_index: the index, along those tokens, of the first that this rank has at the residual sites; under
     sequence parallelism that is not 0. residual_runs, all_runs: what this rank has at the residual sites and at the
-    others, chosen or not.
+    others, chosen or not. weights: where means are asked for, of each segment what its rows weigh in its own.
     """
 
     microbatch: Microbatch
@@ -40,6 +40,7 @@ class View:
     first_index: int
     residual_runs: tuple[Run, ...]
     all_runs: tuple[Run, ...]
+    weights: tuple[Tensor | None, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -53,27 +54,38 @@ def view_of(microbatch: Microbatch, topology: Topology, *, cp: int, tp: int, cho
     owned = [stripe(tokens, part=part, parts=topology.tp) for part in range(topology.tp)]
     whole = [tuple(runs_within(microbatch, spans, each)) for each in owned]
     all_runs = tuple(run for runs in whole for run in runs)
+    weights = _weights(microbatch, choice)
     return View(
         microbatch=microbatch,
         spans=spans,
-        stripes=tuple(tuple(_chosen(microbatch, runs, choice)) for runs in whole),
+        stripes=tuple(tuple(_chosen(microbatch, runs, choice, weights)) for runs in whole),
         own=tp,
         first_index=owned[tp].start if topology.sp else 0,
         residual_runs=whole[tp] if topology.sp else all_runs,
         all_runs=all_runs,
+        weights=weights,
     )
 
 
-def _chosen(microbatch: Microbatch, runs: Sequence[Run], choice: Choice | None) -> Iterator[Run]:
+def _weights(microbatch: Microbatch, choice: Choice | None) -> tuple[Tensor | None, ...]:
+    if choice is None or choice.weights is None:
+        return ()
+    return tuple(choice.weights(segment.first_row, segment.length) for segment in microbatch.segments)
+
+
+def _chosen(
+    microbatch: Microbatch, runs: Sequence[Run], choice: Choice | None, weights: Sequence[Tensor | None]
+) -> Iterator[Run]:
     if choice is None:
         yield from runs
     elif choice.weights is not None:
+        number_of = microbatch.segment_numbers()
         for run in runs:
-            for segment in microbatch.segments:
-                shift = segment.first_row + segment.length - 1 - run.first_row
-                ends_here = 0 <= shift < run.length
-                if ends_here and choice.weights(segment.first_row, segment.length) is not None:
-                    yield replace(run, first_row=run.first_row + shift, length=1, index=run.index + shift)
+            number = number_of(run.first_row)
+            segment = microbatch.segments[number]
+            shift = segment.first_row + segment.length - 1 - run.first_row
+            if shift < run.length and weights[number] is not None:
+                yield replace(run, first_row=run.first_row + shift, length=1, index=run.index + shift)
     else:
         assert choice.kept is not None
         for run in runs:

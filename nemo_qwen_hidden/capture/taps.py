@@ -33,9 +33,9 @@ from nemo_qwen_hidden.plan.slices import Run
 class LocalSlice:
     """What one rank answers for of one hook point in one microbatch.
 
-    values: [n, W] in the compute dtype, a copy of its own; its rows are those that ``runs`` keep, in order. divisor:
-    fp32 [n], behind the final norm alone: what the norm divided each row by, so that the state before it can be had
-    again.
+    values: [n, W] in the compute dtype, means in fp32, a copy of its own; its rows are those that ``runs`` keep, in
+    order. divisor: fp32 [n], behind the final norm alone: what the norm divided each row by, so that the state before
+    it can be had again.
     """
 
     hook_point: HookPoint
@@ -62,6 +62,10 @@ class Capture:
     def pools(self) -> bool:
         """Whether there is one state for each segment, instead of one for each row."""
         return self.choice is not None and self.choice.weights is not None
+
+    def dtype(self, compute: torch.dtype) -> torch.dtype:
+        """Of what a sink gets: sums are not rounded to the compute dtype."""
+        return torch.float32 if self.pools else compute
 
 
 class Taps:
@@ -145,22 +149,17 @@ class Taps:
 
     def _weighted_sums(self, view: View, state_CBW: Tensor, *, split: bool) -> Tensor:
         """fp32 [segments, W of this rank]: of each segment the weighted sum of the rows that this rank has."""
-        choice = self._capture.choice
-        assert choice is not None and choice.weights is not None
         first_index = 0 if split else view.first_index
         runs = view.all_runs if split else view.residual_runs
         sums = state_CBW.new_zeros(len(view.microbatch.segments), state_CBW.shape[-1], dtype=torch.float32)
-        for number, segment in enumerate(view.microbatch.segments):
-            weights = choice.weights(segment.first_row, segment.length)
-            if weights is None:
-                continue
-            weights = weights.to(state_CBW.device)
-            for run in runs:
-                offset = run.first_row - segment.first_row
-                if 0 <= offset < segment.length:
-                    start = run.index - first_index
-                    rows = state_CBW[start : start + run.length, run.sequence].float()
-                    sums[number] += weights[offset : offset + run.length] @ rows
+        number_of = view.microbatch.segment_numbers()
+        for run in runs:
+            number = number_of(run.first_row)
+            weights = view.weights[number]
+            if weights is not None:
+                offset, start = run.first_row - view.microbatch.segments[number].first_row, run.index - first_index
+                rows = state_CBW[start : start + run.length, run.sequence].float()
+                sums[number] += weights[offset : offset + run.length].to(rows.device) @ rows
         return sums
 
     def _emit(self, point: HookPoint, values: Tensor, divisor: Tensor | None) -> None:

@@ -2,11 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nemo_qwen_hidden import extract
 from nemo_qwen_hidden.cli.fault import fault_line
@@ -22,6 +22,8 @@ from nemo_qwen_hidden.target import RESUMED
 
 if TYPE_CHECKING:
     from nemo_qwen_hidden.parallel.groups import ProcessGroups
+
+T = TypeVar("T")
 
 
 class Log:
@@ -93,32 +95,50 @@ def _saying_at_once(terminal: Terminal, log: Log, running: Job | None = None) ->
         raise PeerError(status_of(error)) from error
 
 
-def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job | None = None) -> Begun:
+@contextmanager
+def _undoing(log: Log, lock: ExitStack) -> Iterator[None]:
+    """Leaves nothing of a run that inside turns out not to be possible."""
     try:
-        lock.enter_context(extract.locked(job))
-        return extract.begin(job, bar, norms=norms)
+        yield
     except (UserError, KeyboardInterrupt):
         lock.close()
         log.undo()
         raise
 
 
+def _lock(job: Job, log: Log, lock: ExitStack) -> Job | None:
+    """Locks the store until ``lock`` closes; the job that has to come first, where there is one, whose store goes
+    then."""
+    with _undoing(log, lock):
+        lock.enter_context(extract.locked(job))
+        lock.callback(extract.drop_norms, job)
+        return extract.norm_job(job)
+
+
+def _begin(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job | None = None) -> Begun:
+    with _undoing(log, lock):
+        if job.norms_only:
+            lock.enter_context(extract.locked(job))
+        return extract.begin(job, bar, norms=norms)
+
+
 def _start_ranks(job: Job, terminal: Terminal, log: Log) -> Summary:
     with launch.one_interrupt(), terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
         launch.warm_up(log.path)  # NeMo is imported while the data is tokenized
-        norms = _norms_first(job, bar, log, lock)
+        norms = _lock(job, log, lock)
+        if norms is not None:
+            _run_first(norms, job, bar, log, lock)
         return _start_and_finish(job, bar, log, lock, norms)
 
 
-def _norms_first(job: Job, bar: Bar, log: Log, lock: ExitStack) -> Job | None:
-    """Runs the job that has to come first, where there is one; what it makes goes when ``lock`` closes."""
-    norms = extract.norm_job(job)
-    if norms is not None:
-        bar(Phase("finding norms"))
-        lock.callback(extract.drop_norms, norms)
-        with ExitStack() as own:
+def _run_first(norms: Job, job: Job, bar: Bar, log: Log, lock: ExitStack) -> None:
+    """Runs the job that has to come before ``job``."""
+    bar(Phase("finding norms"))
+    try:
+        with _undoing(log, lock), ExitStack() as own:
             _start_and_finish(norms, bar, log, own, None)
-    return norms
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_unfinished(job)) from None
 
 
 def _start_and_finish(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job | None) -> Summary:
@@ -138,7 +158,7 @@ def _start_and_finish(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job 
         if extract.discard(job):
             lock.close()
             log.undo()
-        else:
+        elif not job.norms_only:
             error.add_note(_unfinished(job))
         raise
     except KeyboardInterrupt:
@@ -161,7 +181,6 @@ def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
     with terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
-        from nemo_qwen_hidden.parallel.agree import on_rank_0
         from nemo_qwen_hidden.parallel.groups import process_groups
         from nemo_qwen_hidden.parallel.peers import watched
 
@@ -172,11 +191,9 @@ def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
         pulse = Pulse()
         with process_groups(job.topology) as groups, watched(pulse, say):
             rank = _Rank(groups=groups, terminal=terminal, bar=bar, log=log, pulse=pulse)
-            norms = on_rank_0(lambda: extract.norm_job(job), groups, status_of=status_of)
+            norms = rank.first(lambda: _lock(job, log, lock))
             if norms is not None:
                 bar(Phase("finding norms"))
-                if groups.place.rank == 0:
-                    lock.callback(extract.drop_norms, norms)
                 with ExitStack() as own:
                     rank.run(norms, own, None)
             return rank.run(job, lock, norms)
@@ -192,30 +209,36 @@ class _Rank:
     log: Log
     pulse: Pulse
 
+    def first(self, step: Callable[[], T]) -> T:
+        """Does on rank 0 what comes before anything is written. Collective over all ranks."""
+        from nemo_qwen_hidden.parallel.agree import on_rank_0
+
+        def said() -> T:
+            with _saying_at_once(self.terminal, self.log):
+                return step()
+
+        try:
+            return on_rank_0(said, self.groups, status_of=status_of)
+        except PeerError as error:
+            if error.status == USER_ERROR:
+                self.log.undo()
+            raise
+
     def run(self, job: Job, lock: ExitStack, norms: Job | None) -> Summary | None:
         """Runs a job to its end among the others. Collective over all ranks."""
         from nemo_qwen_hidden.parallel.agree import gather_values, on_rank_0
 
         groups, is_first = self.groups, self.groups.place.rank == 0
 
-        def begin() -> Begun:
-            with _saying_at_once(self.terminal, self.log):
-                return _begin(job, self.bar, self.log, lock, norms)
-
         def finish() -> Summary:
             with _saying_at_once(self.terminal, self.log):
                 return extract.finish(job, begun, results)
 
-        try:
-            begun = on_rank_0(begin, groups, status_of=status_of)
-        except PeerError as error:
-            if error.status == USER_ERROR:
-                self.log.undo()
-            raise
+        begun = self.first(lambda: _begin(job, self.bar, self.log, lock, norms))
         if begun.work is None:
             return extract.finish(job, begun, []) if is_first else None
         self.bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
-        with _saying_at_once(self.terminal, self.log, running=job):
+        with _saying_at_once(self.terminal, self.log, running=None if job.norms_only else job):
             result = _run_among_others(job, begun, groups, self.bar, self.pulse)
         results = gather_values(result, groups)
         summary = on_rank_0(finish, groups, status_of=status_of)

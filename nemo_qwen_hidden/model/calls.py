@@ -19,12 +19,12 @@ from torch.nn.functional import linear
 from nemo_qwen_hidden.capture.attention import AttentionWeights
 from nemo_qwen_hidden.capture.backward import BackwardPass
 from nemo_qwen_hidden.capture.choose import choice_of
-from nemo_qwen_hidden.capture.edits import Edit
+from nemo_qwen_hidden.capture.edits import BoundEdit, Edit
 from nemo_qwen_hidden.capture.gather import LocalStates, SliceBuffer, gather_slices, holdings
 from nemo_qwen_hidden.capture.pipeline import Pipeline
 from nemo_qwen_hidden.capture.taps import Capture, LocalSlice
 from nemo_qwen_hidden.checkpoint.architecture import Architecture
-from nemo_qwen_hidden.errors import ConfigError
+from nemo_qwen_hidden.errors import ConfigError, status_of
 from nemo_qwen_hidden.hookpoint import (
     ATTN_WEIGHTS,
     EMBED,
@@ -36,13 +36,15 @@ from nemo_qwen_hidden.hookpoint import (
     expand,
 )
 from nemo_qwen_hidden.model.batch import Batch, check_token_ids, seeds_of
+from nemo_qwen_hidden.parallel.agree import on_rank_0
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.plan.footprint import DecoderShape
 from nemo_qwen_hidden.plan.microbatches import Microbatch, replica_of
 from nemo_qwen_hidden.plan.shapes import state_shape
 
 Gather = Literal["rank0", "all", "none"]
-GATHER = ("rank0", "all", "none")
+WHOLE = ("rank0", "all")
+GATHER = (*WHOLE, "none")
 MOST_BYTES = 2**30
 Metric = Callable[[Tensor], Tensor]
 """Logits [n, vocabulary] of the chosen tokens to a number, by operations that torch can differentiate."""
@@ -139,7 +141,7 @@ class BatchCalls:
             pool: ``last``, ``mean`` or ``weighted_mean`` (see docs/tokens.md): one state for each sequence, over the
                 tokens of ``mask``. Sums are in fp32.
             edits: what is changed on the way, see ``capture.edits``.
-            heads: attention heads whose ``attn_weights`` are wanted; None: all.
+            heads: attention heads whose ``attn_weights`` are wanted, ascending; None: all.
             most_bytes: refuse ``attn_weights`` that would take more, since they grow with the square of the tokens.
             batch_tokens, packing: how the batch is cut into microbatches; the result does not depend on them.
 
@@ -147,7 +149,7 @@ class BatchCalls:
             {HookPoint: [batch, tokens, *shape]} in the compute dtype, zero where nothing was kept, on the ranks asked
             for and {} on the others; ``shape`` is [hidden], [heads, head_dim], ... (``plan.shapes.state_shape``, with
             as many keys as there are tokens). With ``pool`` [batch, *shape]. With ``none`` {HookPoint: LocalStates} of
-            the hook points of this rank's stages, rows not reshaped.
+            those hook points of which this rank holds a state, rows not reshaped.
 
         Raises:
             ConfigError: a hook point that the model lacks, or arguments that do not fit each other.
@@ -166,6 +168,7 @@ class BatchCalls:
         gather: Literal["rank0", "all"] = "rank0",
         lengths: Sequence[int] | Tensor | None = None,
         edits: Sequence[Edit] = (),
+        most_bytes: int = MOST_BYTES,
         batch_tokens: int = 4096,
         packing: bool = True,
     ) -> dict[HookPoint, Tensor]:
@@ -176,7 +179,7 @@ class BatchCalls:
                 store holds as ``resid_post@(start - 1)``. All ranks pass the same.
             hook_points: what is wanted, within these layers; ``final_norm`` where ``stop`` is the number of layers.
                 None: the residual stream after them.
-            gather, lengths, edits, batch_tokens, packing: as of ``hidden_states``.
+            gather, lengths, edits, most_bytes, batch_tokens, packing: as of ``hidden_states``.
 
         Returns:
             {HookPoint: [batch, tokens, *shape]}, as ``hidden_states``.
@@ -197,7 +200,7 @@ class BatchCalls:
             if point.site == EMBED or not (after or (point.layer is not None and start <= point.layer < stop)):
                 raise ConfigError("hook_points", f"must lie within layers {start} to {stop - 1}", str(point))
         batch = Batch(states, lengths, self.groups.topology, batch_tokens=batch_tokens, packing=packing)
-        wanted = self._wanted(batch, points, None, None, edits, None, MOST_BYTES)
+        wanted = self._wanted(batch, points, None, None, edits, None, most_bytes)
         return self._states(batch, wanted, gather, start=start)
 
     def logits(
@@ -225,6 +228,7 @@ class BatchCalls:
             ConfigError: a model without its output layer, or arguments that do not fit each other.
         """
         self._require_output_layer()
+        _check_gather(gather, WHOLE)
         batch = self._token_batch(input_ids, lengths, batch_tokens, packing)
         return self._logits(batch, batch.last_tokens() if mask is None else mask, edits, gather)
 
@@ -299,10 +303,13 @@ class BatchCalls:
             gather, lengths, edits, batch_tokens, packing: as of ``hidden_states``.
 
         Raises:
-            ConfigError: neither or both of metric and seeds, a hook point that is not at a residual site.
+            ConfigError: neither or both of metric and seeds, a hook point that is not at a residual site, seeds of
+                another shape; on rank 0 a metric that gives no number. PeerError: on the others, when ``metric`` raises
+                on rank 0.
         """
         if (metric is None) == (seeds is None):
             raise ConfigError("metric, seeds", "must be one of the two", "both" if metric else "neither")
+        _check_gather(gather, WHOLE)
         batch = self._token_batch(input_ids, lengths, batch_tokens, packing)
         value = None
         if metric is not None:
@@ -310,14 +317,14 @@ class BatchCalls:
             chosen = batch.last_tokens() if mask is None else mask
             value, upstream = self._metric(batch, chosen, edits, metric)
             seeds = {FINAL_NORM: upstream}
-        sown = {HookPoint.parse(name): gradient for name, gradient in (seeds or {}).items()}
+        sown = self._sown(seeds or {}, batch)
         wanted = self._points(hook_points) if len(hook_points) else ()
         for point in (*wanted, *sown):
             if point.site not in RESIDUAL_SITES:
                 rule = f"must be at the residual sites {', '.join(RESIDUAL_SITES)}, for gradients"
                 raise ConfigError("hook_points", rule, str(point))
         points = by_depth({*wanted, *sown}, self.config.num_layers)
-        capture = Capture(points=points, edits=batch.bound(edits, self.config.hidden_size))
+        capture = Capture(points=points, edits=self._bound(batch, edits, points))
         pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture)
         backward = BackwardPass(pipeline, wanted=wanted, seeds=seeds_of(sown, batch))
         buffer = SliceBuffer()
@@ -330,6 +337,23 @@ class BatchCalls:
         place = self.groups.place
         return (each for each in microbatches if replica_of(each, place.topology.dp) == place.dp)
 
+    def _sown(self, seeds: Mapping[str, Tensor], batch: Batch) -> dict[HookPoint, Tensor]:
+        """Seeds by hook point, checked."""
+        if not seeds:
+            raise ConfigError("seeds", "must give a gradient at one hook point at least", {})
+        shape = [len(batch.lengths), batch.tokens, self.config.hidden_size]
+        found = {}
+        for name, gradient in seeds.items():
+            points = self._points(name, "seeds")
+            if len(points) > 1:
+                raise ConfigError("seeds", "must name one hook point for each gradient", name)
+            if list(gradient.shape) != shape:
+                raise ConfigError(
+                    f"seeds[{name!r}]", f"must be of shape [batch, tokens, hidden], {shape}", list(gradient.shape)
+                )
+            found[points[0]] = gradient
+        return found
+
     def _token_batch(
         self, input_ids: Tensor, lengths: Sequence[int] | Tensor | None, batch_tokens: int, packing: bool
     ) -> Batch:
@@ -341,12 +365,10 @@ class BatchCalls:
             self.architecture.require_length(max(batch.lengths), "input_ids")
         return batch
 
-    def _points(self, hook_points: str | Sequence[str]) -> tuple[HookPoint, ...]:
-        points = expand(hook_points, num_layers=self.config.num_layers, setting="hook_points")
+    def _points(self, hook_points: str | Sequence[str], setting: str = "hook_points") -> tuple[HookPoint, ...]:
+        points = expand(hook_points, num_layers=self.config.num_layers, setting=setting)
         if not self.config.final_norm and any(point.normed for point in points):
-            raise ConfigError(
-                "hook_points", "must leave out `final_norm`: this model was built without it", hook_points
-            )
+            raise ConfigError(setting, "must leave out `final_norm`: this model was built without it", hook_points)
         return points
 
     def _wanted(
@@ -360,18 +382,13 @@ class BatchCalls:
         most_bytes: int,
     ) -> Capture:
         """What is captured of a batch, the arguments checked."""
-        count, layers = self._shape.num_heads, self.config.num_layers
-        asked = tuple(range(count)) if heads is None else tuple(sorted(set(heads)))
-        if not asked or not all(0 <= head < count for head in asked):
-            raise ConfigError("heads", f"must name attention heads from 0 to {count - 1}", heads)
-        deepest = max(point.depth(layers) for point in points)
-        for edit in edits:
-            if edit.hook_point.depth(layers) > deepest:
-                rule = "must lie before the deepest state that is asked for, or nothing would change"
-                raise ConfigError("hook point of an edit", rule, str(edit.hook_point))
+        count = self._shape.num_heads
+        asked = tuple(range(count) if heads is None else heads)
+        if not asked or list(asked) != [head for head in range(count) if head in asked]:
+            raise ConfigError("heads", f"must name attention heads from 0 to {count - 1}, ascending, each once", heads)
         wanted = Capture(
             points=points,
-            edits=batch.bound(edits, self.config.hidden_size),
+            edits=self._bound(batch, edits, points),
             choice=choice_of(batch.lengths, mask, pool, tokens=batch.tokens),
             attention=AttentionWeights(heads=asked, num_heads=count, keys=batch.tokens),
         )
@@ -382,6 +399,15 @@ class BatchCalls:
             rule = f"must take at most `most_bytes` ({most_bytes:,}) for attn_weights: ask for fewer heads or tokens"
             raise ConfigError("hook_points", f"{rule}, or allow more", f"{size:,} bytes")
         return wanted
+
+    def _bound(self, batch: Batch, edits: Sequence[Edit], points: Sequence[HookPoint]) -> tuple[BoundEdit, ...]:
+        """Edits of a batch of which ``points`` are wanted. What lies behind them is not run; that is said here, on
+        every rank, since hooks would find out on one alone."""
+        for edit in edits:
+            if by_depth({edit.hook_point, *points}, self.config.num_layers)[-1] not in points:
+                rule = "must not lie behind the deepest state that is asked for, where nothing would change"
+                raise ConfigError("hook point of an edit", rule, str(edit.hook_point))
+        return batch.bound(edits, self.config.hidden_size)
 
     def _attention_bytes(self, batch: Batch, wanted: Capture) -> int:
         layers = sum(point.site == ATTN_WEIGHTS for point in wanted.points)
@@ -406,8 +432,7 @@ class BatchCalls:
         self, batch: Batch, wanted: Capture, gather: Gather, *, start: int | None = None
     ) -> dict[HookPoint, Tensor] | dict[HookPoint, LocalStates]:
         """Runs a batch, of token ids or, from layer ``start`` on, of states."""
-        if gather not in GATHER:
-            raise ConfigError("gather", "must be `rank0`, `all` or `none`", gather)
+        _check_gather(gather, GATHER)
         buffer = SliceBuffer()
         pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=wanted, start=start)
         mine = self.of_this_replica(batch.microbatches)
@@ -432,7 +457,8 @@ class BatchCalls:
         widths = {point: prod(shape) for point, shape in shapes.items()}
         expected = holdings(batch.microbatches, wanted, self.stages, self.groups.topology)
         divisors = divisors and not wanted.pools
-        slices = gather_slices(buffer, expected, self.groups, widths=widths, dtype=self._like.dtype, divisors=divisors)
+        dtype = wanted.dtype(self._like.dtype)
+        slices = gather_slices(buffer, expected, self.groups, widths=widths, dtype=dtype, divisors=divisors)
         here = gather == "all" or self.groups.place.rank == 0
         whole = batch.assembler.assemble(slices, widths if here else {}, self._like)
         if gather == "all":
@@ -465,15 +491,10 @@ class BatchCalls:
         """The metric, and its gradient with respect to the final norm's output, [batch, tokens, hidden]."""
         logits = self._logits(batch, mask, edits, "all")
         groups, topology = self.groups, self.groups.topology
-        upstream, value = torch.zeros_like(logits), torch.zeros((), dtype=torch.float64, device=logits.device)
-        if groups.place.rank == 0:
-            with torch.enable_grad():
-                leaf = logits.detach().requires_grad_()
-                outcome = metric(leaf)
-                (upstream,) = torch.autograd.grad(outcome, leaf)
-            value = outcome.detach().double().reshape(())
+        upstream = torch.zeros_like(logits)
+        # its failure reaches the others too, which would wait for it
+        value = on_rank_0(lambda: _differentiate(metric, logits, upstream), groups, status_of=status_of)
         dist.broadcast(upstream, group=groups.world, group_src=0)
-        dist.broadcast(value, group=groups.world, group_src=0)
         back = logits.new_zeros(len(logits), self.config.hidden_size)
         if groups.place.pp == topology.pp - 1:
             weight = self._output_weight()
@@ -484,7 +505,7 @@ class BatchCalls:
         gradient = logits.new_zeros(*mask.shape, self.config.hidden_size)
         kept = mask & (torch.arange(batch.tokens) < torch.tensor(batch.lengths)[:, None])
         gradient[kept.to(gradient.device)] = back
-        return float(value), gradient
+        return value, gradient
 
     def _output_weight(self) -> Tensor:
         """This tp rank's part of the output layer, [vocabulary / tp, hidden]; on the last pipeline stage."""
@@ -531,6 +552,24 @@ class BatchCalls:
             ffn_hidden_size=config.ffn_hidden_size,
             vocab_size=config.vocab_size,
         )
+
+
+def _differentiate(metric: Metric, logits: Tensor, gradient: Tensor) -> float:
+    """The metric of these logits; its gradient goes into ``gradient``, of the same shape."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        outcome = metric(leaf)
+        if not isinstance(outcome, Tensor) or outcome.numel() != 1 or not outcome.requires_grad:
+            rule = "must give one number, a tensor that torch has computed from the logits"
+            shape = f"tensor of shape {list(outcome.shape)}" if isinstance(outcome, Tensor) else type(outcome).__name__
+            raise ConfigError("metric", rule, shape)
+        gradient.copy_(torch.autograd.grad(outcome, leaf)[0])
+    return float(outcome.detach())
+
+
+def _check_gather(gather: str, allowed: Sequence[str]) -> None:
+    if gather not in allowed:
+        raise ConfigError("gather", f"must be one of {', '.join(allowed)}", gather)
 
 
 def _no_tokens(_first_row: int, length: int) -> Tensor:

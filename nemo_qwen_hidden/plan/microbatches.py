@@ -6,7 +6,8 @@ for the padding that sequence and context parallelism need), and not on what has
 S: tokens along the sequence axis of one microbatch, padding included. B: sequences side by side in it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -52,6 +53,12 @@ class Microbatch:
         sizes = (_up(segment.length, self.segment_multiple) for segment in self.segments)
         bounds = list(accumulate(sizes, initial=0))
         return bounds if bounds[-1] == self.tokens else [*bounds, self.tokens]
+
+    def segment_numbers(self) -> Callable[[int], int]:
+        """From a row of this microbatch to the number of its segment."""
+        order = sorted(range(len(self.segments)), key=lambda number: self.segments[number].first_row)
+        starts = [self.segments[number].first_row for number in order]
+        return lambda row: order[bisect_right(starts, row) - 1]
 
     def places(self) -> Iterator[tuple[Segment, int, int]]:
         """Each segment, the sequence that it is in (0 to B-1), and its first token there (0 to S-1)."""

@@ -396,6 +396,33 @@ def test_a_store_that_another_run_is_working_on(refuses: Refuses, tmp_path: Path
     assert said.startswith("`store.path` must be a store that no other run is working on; process ")
 
 
+@pytest.mark.usefixtures("no_server")
+def test_a_store_for_which_another_run_is_finding_norms(
+    refuses: Refuses, tmp_path: Path, model: Path, data: Path
+) -> None:
+    """The other has only its lock there yet; the norms beside it are its own."""
+    asked = Settings(model=ModelSettings(path=str(model)), data=DataSettings(path=str(data)))
+    job = prepare(replace(asked, store=StoreSettings(path=str(tmp_path / "new"))), world=None, for_store=True)
+    with extract.locked(job):
+        (tmp_path / ".new.norms").mkdir()
+        (tmp_path / ".new.norms" / "theirs").write_text("norms")
+        said = refuses("tokens.max_norm=2", store="new")
+    assert said.startswith("`store.path` must be a store that no other run is working on; process ")
+
+
+@pytest.mark.usefixtures("no_server")
+def test_norms_that_a_killed_run_has_left_go(tmp_path: Path, model: Path, data: Path) -> None:
+    asked = Settings(model=ModelSettings(path=str(model)), data=DataSettings(path=str(data)))
+    job = prepare(replace(asked, store=StoreSettings(path=str(tmp_path / "old"))), world=None, for_store=True)
+    with extract.locked(job):
+        extract.begin(job)
+    (tmp_path / ".old.norms").mkdir()
+    arguments = [f"model.path={model}", f"data.path={data}", f"store.path={tmp_path / 'old'}"]
+    assert main(["extract", *arguments, "tokens.max_norm=2", "precision.stored=bf16"]) == 2
+    assert not (tmp_path / ".old.norms").exists()
+    assert (tmp_path / "old").is_dir()
+
+
 def test_a_path_below_a_file(refuses: Refuses, data: Path) -> None:
     assert refuses(store=f"{data.name}/store").startswith("`store.path` must lie in a folder, and ")
 

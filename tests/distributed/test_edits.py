@@ -297,6 +297,60 @@ def test_gradients_of_states_and_of_edits(
         _near(vectors[2][0], away.grad, (str(topology), "direction"))
 
 
+def refused(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> dict[str, str]:
+    """What each wrong call raises on this rank, and whether the model works as before afterwards."""
+    from nemo_qwen_hidden.capture import edits
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    seed, last = torch.zeros(*batch.input_ids.shape, HIDDEN), UNTIED.layers - 1
+    at_norm, behind = edits.scale("final_norm", 2.0), edits.scale(f"resid_post@{last}", 2.0)
+    states = {"hook_points": [f"resid_post@{last}"]}
+    calls: dict[str, tuple[str, dict[str, Any]]] = {
+        "an edit behind the state of its depth": ("hidden_states", {**states, "edits": [at_norm]}),
+        "an edit behind the seeds": ("gradients", {"seeds": {"resid_post@0": seed}, "edits": [behind]}),
+        "an edit of a layer too many": ("gradients", {"seeds": {"embed": seed}, "edits": [edits.zero("resid_pre@9")]}),
+        "a seed of a layer too many": ("gradients", {"seeds": {"resid_post@9": seed}}),
+        "a seed that would be broadcast": ("gradients", {"seeds": {"embed": seed[..., :1]}}),
+        "seeds of another batch": ("gradients", {"seeds": {"embed": seed[:1]}}),
+        "a seed for many states": ("gradients", {"seeds": {"resid_post@:": seed}}),
+        "no seeds": ("gradients", {"seeds": {}}),
+        "no number": ("gradients", {"metric": lambda logits: logits[:, 0]}),
+        "no tensor": ("gradients", {"metric": lambda logits: float(logits.sum())}),
+        "a metric that fails": ("gradients", {"metric": lambda logits: 1 / 0}),
+        "gradients left on their ranks": ("gradients", {"seeds": {"embed": seed}, "gather": "none"}),
+        "logits left on their ranks": ("logits", {"gather": "none"}),
+        "heads in another order": ("hidden_states", {"hook_points": ["attn_weights@0"], "heads": [3, 1]}),
+        "half a head": ("hidden_states", {"hook_points": ["attn_weights@0"], "heads": [0.5]}),
+    }
+    found = {}
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, output_layer=True)
+        for name, (call, options) in calls.items():
+            with pytest.raises(Exception) as raised:
+                getattr(model, call)(batch.input_ids, lengths=batch.lengths, **options)
+            found[name] = f"{raised.type.__name__}: {raised.value}"
+        model.hidden_states(batch.input_ids, lengths=batch.lengths, **states)
+        asks = all(parameter.requires_grad for parameter in model.parameters())
+    return {**found, "parameters ask for gradients": str(asks)}
+
+
+def test_what_cannot_be_done_is_said_on_every_rank(
+    start_ranks: Start, tiny_folders: dict[Tiny, Path], batch: Batch
+) -> None:
+    """Where one rank alone noticed, the others would wait for it."""
+    first, second = start_ranks(2, refused, Topology(pp=2), tiny_folders[UNTIED], batch)
+    of_metric = ("no number", "no tensor", "a metric that fails")
+    assert first.pop("parameters ask for gradients") == second.pop("parameters ask for gradients") == "True"
+    assert first["a metric that fails"].startswith("ZeroDivisionError")
+    for name, said in first.items():
+        if name in of_metric:
+            assert second[name].startswith("PeerError"), name
+        else:
+            assert said.startswith("ConfigError") and second[name] == said, name
+
+
 def continued(rank: Rank, layouts: list[Topology], folder: Path, batch: Batch) -> Any:
     """For each layout, states that are run on from the middle, and those that the whole model gives."""
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
@@ -346,7 +400,7 @@ def selected(rank: Rank, layouts: list[Topology], folder: Path, batch: Batch) ->
     for number, topology in enumerate(layouts):
         with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous.with_name(f"r{number}")) as groups:
             model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
-            options: list[dict[str, Any]] = [{}, {"mask": mask_of(batch)}, {"heads": [3, 1]}]
+            options: list[dict[str, Any]] = [{}, {"mask": mask_of(batch)}, {"heads": [1, 3]}]
             means = [{"mask": mask_of(batch), "pool": pool} for pool in ("last", "mean", "weighted_mean")]
             poolable = [point for point in points if not point.startswith("attn_weights")]
             options += [{**chosen, "hook_points": poolable} for chosen in (*means, {"pool": "mean"})]

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.models import TINY, Tiny, ragged_batch
-from tests.support.ranks import local_and_all
+from tests.support.ranks import gathered, local_and_all
 
 
 def test_each_rank_holds_its_own_rows_and_all_ranks_can_have_the_whole(
@@ -28,3 +29,15 @@ def test_each_rank_holds_its_own_rows_and_all_ranks_can_have_the_whole(
     assert set(held_rows.values()) == {sum(batch.lengths)}  # each row is held once
     assert set(ranks[0][0]) == {HookPoint("embed"), HookPoint("resid_post", 0), HookPoint("resid_post", 1)}
     assert set(ranks[3][0]) == {HookPoint("resid_post", 2), HookPoint("final_norm")}
+
+
+@pytest.mark.parametrize("topology", [Topology(pp=2), Topology(tp=2)], ids=str)
+def test_means_come_from_other_ranks_in_their_own_dtype(
+    start_ranks: Start, tiny_folders: dict[Tiny, Path], topology: Topology
+) -> None:
+    """They are sums in fp32, whatever the compute dtype."""
+    folder, batch, options = tiny_folders[TINY[0]], ragged_batch(), [{"pool": "mean"}]
+    ((alone,),) = start_ranks(1, gathered, Topology(), [folder], batch, options, "bf16")[0]
+    ((found,),) = start_ranks(topology.world, gathered, topology, [folder], batch, options, "bf16")[0]
+    for point, states in alone.items():
+        np.testing.assert_allclose(found[point], states, rtol=0.05, atol=0.05 * float(np.abs(states).max()))

@@ -176,7 +176,7 @@ def test_rows_above_a_multiple_of_the_median_are_left_out(
     assert norms is not None
     run(start_ranks, norms)
     run(start_ranks, job, norms)
-    extract.drop_norms(norms)
+    extract.drop_norms(job)
     states, rows = read(tmp_path / "calm")
     may = rows_of(lambda n, mask: range(0, n, 2))
     marked = NormOutliers(1.1).mark(np.linalg.norm(full["resid_post@2"][may], axis=1).astype(np.float32))

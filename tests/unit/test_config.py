@@ -63,6 +63,11 @@ NEEDS_TP = "splits the sequence over the tp axis and needs `parallel.tp` of 2 or
         ),
         ("store", {"add": "rows"}, "`store.add` must be one of hook_points, documents, but is 'rows' instead."),
         ("store", {"commit_secs": -1.0}, "`store.commit_secs` must be at least 0, but is -1.0 instead."),
+        (
+            "capture",
+            {"most_attention_gb": float("nan")},
+            "`capture.most_attention_gb` must be at least 0, but is nan instead.",
+        ),
         ("capture", {"gather": "all"}, "`capture.gather` must be one of none, rank0, but is 'all' instead."),
         ("data", {"max_tokens": 0}, "`data.max_tokens` must be at least 1, but is 0 instead."),
         ("data", {"batch_tokens": -1}, "`data.batch_tokens` must be at least 1, but is -1 instead."),
