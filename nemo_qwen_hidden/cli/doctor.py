@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
-from nemo_qwen_hidden.cli.fault import fault_line
+from nemo_qwen_hidden.cli.fault import fault_line, one_says, saying_at_once
 from nemo_qwen_hidden.cli.terminal import Terminal
 from nemo_qwen_hidden.config import ModelSettings, Settings
 from nemo_qwen_hidden.doctor import foreign, stored, visit
@@ -19,7 +18,7 @@ from nemo_qwen_hidden.doctor.checkup import check_up
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.report import Check, Finding, Report
 from nemo_qwen_hidden.doctor.text import lines_of
-from nemo_qwen_hidden.errors import USER_ERROR, ConfigError, PeerError, RankError, UserError, status_of
+from nemo_qwen_hidden.errors import ConfigError, PeerError, RankError, UserError, status_of
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
@@ -84,12 +83,12 @@ def _be_a_rank(job: Job, terminal: Terminal, log: Path, *, documents: int, token
 
     pulse = Pulse()
     with (
-        _saying_at_once(terminal, log),
+        saying_at_once(terminal, log),
         process_groups(job.topology) as groups,
         watched(pulse, lambda fault: terminal.error(f"{fault} (more in {log})")),
     ):
         passages = on_rank_0(lambda: visit.choose(job, documents=documents, tokens=tokens), groups, status_of=status_of)
-        with _one_says():
+        with one_says():
             examined = _examined(job, passages, groups, pulse)
         report = visit.report(job, passages, examined) if groups.place.rank == 0 else None
         return report, broadcast_value(report is not None and report.healthy, groups)
@@ -101,37 +100,6 @@ def _examined(job: Job, passages: Sequence[Passage], groups: "ProcessGroups", pu
     torch.set_num_threads(job.settings.runtime.threads or launch.fair_threads(job.topology.world))
     with pulse.running():
         return visit.examine(job, passages, groups, pulse.progressed)
-
-
-@contextmanager
-def _saying_at_once(terminal: Terminal, log: Path) -> Iterator[None]:
-    """A rank of torchrun's says what is raised inside before its peers notice and it is ended for it."""
-    try:
-        yield
-    except PeerError:
-        raise
-    except Exception as error:
-        terminal.error(str(error) if isinstance(error, UserError) else fault_line(error, log))
-        raise PeerError(status_of(error)) from error
-
-
-@contextmanager
-def _one_says() -> Iterator[None]:
-    """Of an error that several ranks of torchrun's run into, one is left to be said."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from nemo_qwen_hidden.parallel.peers import first_to_fail
-
-    try:
-        yield
-    except UserError as error:
-        if not first_to_fail(_get_default_store()):
-            raise PeerError(USER_ERROR) from error
-        raise
-    except RuntimeError as error:
-        if launch.is_lost_peer(error):
-            raise PeerError from error
-        raise
 
 
 def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) -> Report:

@@ -5,18 +5,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nemo_qwen_hidden import extract
-from nemo_qwen_hidden.cli.fault import fault_line
+from nemo_qwen_hidden import extract, running
+from nemo_qwen_hidden.cli.fault import fault_line, one_says, saying_at_once
 from nemo_qwen_hidden.cli.terminal import Bar, Terminal
 from nemo_qwen_hidden.errors import USER_ERROR, PeerError, RankError, UserError, status_of
-from nemo_qwen_hidden.extract import Begun, RankResult, Summary
+from nemo_qwen_hidden.extract import Summary
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase
+from nemo_qwen_hidden.running import Begun, RankResult
 from nemo_qwen_hidden.store.format import MARKER
 from nemo_qwen_hidden.target import RESUMED
 
@@ -65,7 +67,7 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
     """
     log = Log(job.log_path)
     if launch.launched_world() is not None:
-        with _saying_at_once(terminal, log):
+        with saying_at_once(terminal, log.path):
             return _be_a_rank(job, terminal, log)
     try:
         return _start_ranks(job, terminal, log)
@@ -75,24 +77,6 @@ def run_job(job: Job, terminal: Terminal) -> Summary | None:
         fault = RankError(fault_line(error, log.path))
         fault.add_note(_unfinished(job))
         raise fault from error
-
-
-@contextmanager
-def _saying_at_once(terminal: Terminal, log: Log, running: Job | None = None) -> Iterator[None]:
-    """Says what is raised inside, and raises PeerError for it. A rank of torchrun's cannot leave that to ``main``: when
-    its peers notice and end, torchrun ends it too, perhaps before it gets there.
-
-    running: the job whose rows are being made, of which is said what is left.
-    """
-    try:
-        yield
-    except PeerError:
-        raise
-    except Exception as error:
-        terminal.error(str(error) if isinstance(error, UserError) else fault_line(error, log.path))
-        if running is not None:
-            terminal.error(_unfinished(running))
-        raise PeerError(status_of(error)) from error
 
 
 @contextmanager
@@ -176,7 +160,7 @@ def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return extract.run(job, begun, groups, rank.send, rank.pulse)
+        return running.run(job, begun, groups, rank.send, rank.pulse)
 
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
@@ -214,7 +198,7 @@ class _Rank:
         from nemo_qwen_hidden.parallel.agree import on_rank_0
 
         def said() -> T:
-            with _saying_at_once(self.terminal, self.log):
+            with saying_at_once(self.terminal, self.log.path):
                 return step()
 
         try:
@@ -231,35 +215,19 @@ class _Rank:
         groups, is_first = self.groups, self.groups.place.rank == 0
 
         def finish() -> Summary:
-            with _saying_at_once(self.terminal, self.log):
+            with saying_at_once(self.terminal, self.log.path):
                 return extract.finish(job, begun, results)
 
         begun = self.first(lambda: _begin(job, self.bar, self.log, lock, norms))
         if begun.work is None:
             return extract.finish(job, begun, []) if is_first else None
         self.bar.expect(rows=len(begun.missing), replicas=job.topology.dp)
-        with _saying_at_once(self.terminal, self.log, running=None if job.norms_only else job):
-            result = _run_among_others(job, begun, groups, self.bar, self.pulse)
+        with saying_at_once(self.terminal, self.log.path, None if job.norms_only else partial(_unfinished, job)):
+            try:
+                with one_says():
+                    result = running.run(job, begun, groups, self.bar, self.pulse)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_unfinished(job)) from None
         results = gather_values(result, groups)
         summary = on_rank_0(finish, groups, status_of=status_of)
         return summary if is_first else None
-
-
-def _run_among_others(job: Job, begun: Begun, groups: "ProcessGroups", bar: Bar, pulse: Pulse) -> RankResult:
-    """``extract.run``; of an error that several ranks run into, one is left to be said. Collective over all ranks."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from nemo_qwen_hidden.parallel.peers import first_to_fail
-
-    try:
-        return extract.run(job, begun, groups, bar, pulse)
-    except UserError as error:
-        if not first_to_fail(_get_default_store()):
-            raise PeerError(USER_ERROR) from error
-        raise
-    except RuntimeError as error:
-        if launch.is_lost_peer(error):
-            raise PeerError from error
-        raise
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_unfinished(job)) from None

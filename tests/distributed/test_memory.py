@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemo_qwen_hidden import extract
+from nemo_qwen_hidden import extract, running
 from nemo_qwen_hidden.checkpoint.architecture import read_architecture
 from nemo_qwen_hidden.config import (
     CaptureSettings,
@@ -91,7 +91,7 @@ def peak_growth(rank: Rank, job: Any, begun: Any) -> tuple[Any, int]:
 
     groups = process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous)
     with PeakAnonymous() as memory, groups as joined:
-        result = extract.run(job, begun, joined)
+        result = running.run(job, begun, joined)
     return result, memory.growth_bytes
 
 

@@ -109,20 +109,20 @@ def _hooks(model: Any) -> list[int]:
 
 def stored(rank: Rank, job: Any, begun: Any) -> Any:
     """The ranks' part of an extraction with one thread each."""
-    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden import running
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return extract.run(job, begun, groups)
+        return running.run(job, begun, groups)
 
 
 def all_stored(rank: Rank, work: Sequence[Any]) -> Any:
     """The ranks' part of several extractions in the same layout: of each, the job and what was begun."""
-    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden import running
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(work[0][0].topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return [extract.run(job, begun, groups) for job, begun in work]
+        return [running.run(job, begun, groups) for job, begun in work]
 
 
 def forward_outputs(rank: Rank, topology: Topology, folder: Path, batch: Batch) -> Any:

@@ -35,7 +35,7 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
     """Bytes that this rank sends in running a job, into its store or thrown away."""
     import torch
 
-    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden import running
     from nemo_qwen_hidden.capture.taps import Capture
     from nemo_qwen_hidden.parallel.agree import wait_for_all
     from nemo_qwen_hidden.parallel.groups import process_groups
@@ -44,7 +44,7 @@ def sent_by_a_run(rank: Any, job: Any, begun: Any, store: bool) -> int:
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         if store:
-            extract.run(job, begun, groups)
+            running.run(job, begun, groups)
         else:
             from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
 

@@ -10,12 +10,12 @@ from tests.torture.faults import Watch, install
 
 def work(rank: Rank, watch: Watch, job: Any, begun: Any) -> Any:
     """A rank's part of a job, with its file calls watched."""
-    from nemo_qwen_hidden import extract
+    from nemo_qwen_hidden import running
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     install(replace(watch, role=f"rank{rank.rank}"))
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return extract.run(job, begun, groups, rank.send)
+        return running.run(job, begun, groups, rank.send)
 
 
 def make_model(rank: Rank, folder: Path) -> None:
