@@ -92,7 +92,17 @@ def project_out(hook_point: str, direction: Tensor, *, mask: Tensor | None = Non
 
 
 def patch(hook_point: str, states: Tensor, *, mask: Tensor | None = None) -> Edit:
-    """Sets to the states of another run, [batch, tokens, H]: activation patching."""
+    """Sets to the states of another run, [batch, tokens, H]: activation patching. Without a mask all tokens that there
+    are states for.
+
+    Raises:
+        ConfigError: the mask has tokens that there are no states for.
+    """
+    if states.ndim == 3 and mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    if states.ndim != 3 or mask is None or len(mask) != len(states) or mask.shape[1] > states.shape[1]:
+        rule = "must be of shape [batch, tokens, hidden], with all tokens of the mask"
+        raise ConfigError("states of a patch", rule, list(states.shape))
     return _edit(hook_point, lambda rows, where: states[where.sequence, where.position].to(rows), mask, states)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
@@ -475,3 +476,18 @@ def test_bytes_copied_fall_with_the_tokens_kept(
     masks = [None, everything, eighth, one]
     ranks = start_ranks(topology.world, copied, topology, tiny_folders[TIED], batch, masks)
     assert np.sum(ranks, axis=0).tolist() == [tokens * (HIDDEN + 64) * 4 for tokens in (128, 128, 16, 2)]
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 8, HIDDEN), (2, 4, HIDDEN)])
+def test_a_patch_needs_states_for_its_mask(shape: tuple[int, ...]) -> None:
+    from nemo_qwen_hidden.capture import edits
+
+    with pytest.raises(ConfigError, match="must be of shape"):
+        edits.patch("resid_post@0", torch.zeros(shape), mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_a_patch_without_a_mask_is_of_the_tokens_that_it_has_states_for() -> None:
+    from nemo_qwen_hidden.capture import edits
+
+    mask = edits.patch("resid_post@0", torch.zeros(2, 5, HIDDEN)).mask
+    assert mask is not None and mask.shape == (2, 5) and mask.all()
