@@ -25,7 +25,7 @@ its neighbours
 instead                       a rank    time    why not
 tp=1 pp=1 dp=1 sp=false       1.1 MB    x 0.18  0.000324 GB too much
 tp=1 pp=2 dp=1 sp=false       1.1 MB    x 0.15  0.000306 GB too much
-tp=1 pp=1 cp=2 dp=1 sp=false  969.5 kB  x 0.93  0.00016 GB too much
+tp=1 pp=1 cp=2 dp=1 sp=false  1.0 MB    x 0.93  0.000226 GB too much
 tp=1 pp=1 dp=2 sp=false       1.1 MB    x 0.09  0.000324 GB too much
 tp=2 pp=1 dp=1 sp=true        682.2 kB  x 1.82  slower
 """
