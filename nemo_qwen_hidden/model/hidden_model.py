@@ -15,8 +15,8 @@ from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architec
 from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, TensorFiles
 from nemo_qwen_hidden.errors import CheckpointError, ConfigError, raise_all
-from nemo_qwen_hidden.model.calls import BatchCalls
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
+from nemo_qwen_hidden.model.effects import EffectCalls
 from nemo_qwen_hidden.model.weights import load_weights
 from nemo_qwen_hidden.parallel.agree import all_values
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
@@ -26,7 +26,7 @@ from nemo_qwen_hidden.plan.stages import Split, stages_of
 from nemo_qwen_hidden.topology import Topology, model_problems
 
 
-class Qwen2HiddenModel(BatchCalls, Qwen2Model):
+class Qwen2HiddenModel(EffectCalls, Qwen2Model):
     """One rank's part of a Qwen2 or Qwen2.5, under any layout of tensor, pipeline (with virtual stages), context,
     sequence and data parallelism.
 
