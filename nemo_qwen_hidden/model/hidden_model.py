@@ -96,10 +96,10 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
             for vp_stage in range(1, topology.vp):
                 model.later_chunks.append(config.configure_model(model.tokenizer, vp_stage=vp_stage))
         model.to(groups.device)
+        model.architecture, model._groups, model._stages = architecture, groups, stages
         with files.reader() as reader:
             for chunk in model.chunks:
                 load_weights(chunk, reader, shape, groups.place)
-        model.architecture, model._groups, model._stages = architecture, groups, stages
         model.eval()
         return model
 
@@ -144,8 +144,16 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
 
     @property
     def chunks(self) -> list[MCoreGPTModel]:
-        """This rank's parts of the model: one, or one for each virtual stage."""
-        return [self.module, *self.later_chunks]
+        """This rank's parts of the model: one, or one for each virtual stage.
+
+        Raises:
+            ConfigError: NeMo has built the virtual stages as models of their own, of which this is one.
+        """
+        chunks, virtual = [self.module, *self.later_chunks], self.groups.topology.vp
+        if len(chunks) != virtual:
+            rule = f"must have the parts of all {virtual} virtual stages of its rank, as from_pretrained builds them"
+            raise ConfigError("the model", rule, f"{len(chunks)} of them")
+        return chunks
 
     @property
     def stages(self) -> tuple[range, ...]:
