@@ -38,14 +38,14 @@ from nemo_qwen_hidden.store.write import session
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A finished job. work: what it did, in words; None where there was nothing to do. rows: that it ran. seconds: from
-    the first word of ``begin`` on; run_seconds: computing and writing alone."""
+    """A finished job. work: what it did, in words; None where there was nothing to do. states: that it made. seconds:
+    from the first word of ``begin`` on; run_seconds: computing and writing alone."""
 
     manifest: Manifest
     path: Path
     topology: str
     work: str | None
-    rows: int
+    states: int
     seconds: float
     run_seconds: float
     peak_bytes: int
@@ -207,7 +207,7 @@ def finish(job: Job, begun: Begun, results: Sequence[RankResult]) -> Summary:
         path=job.store_path,
         topology=str(job.topology),
         work=begun.work,
-        rows=len(begun.missing),
+        states=len(begun.missing),
         seconds=time.time() - begun.started,
         run_seconds=run_seconds,
         peak_bytes=max((result.peak_bytes for result in results), default=0),

@@ -136,7 +136,9 @@ def heads_of(specs: Sequence[str], num_heads: int) -> tuple[int, ...]:
         else:
             found = range(num_heads)[int(spec) :][:1] if -num_heads <= int(spec) < num_heads else range(0)
         if not found:
-            raise ConfigError("capture.heads", f"must name heads from 0 to {num_heads - 1}", spec)
+            raise ConfigError(
+                "capture.heads", f"must name heads from 0 to {num_heads - 1} (or -{num_heads} to -1)", spec
+            )
         chosen |= set(found)
     return tuple(sorted(chosen)) if specs else tuple(range(num_heads))
 

@@ -146,6 +146,8 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     try:
         if settings.tokens.max_norm is not None:
             norm_point(settings.tokens, points, num_layers=shape.num_layers)
+        if settings.capture.heads and not any(point.site == ATTN_WEIGHTS for point in points):
+            raise ConfigError("capture.heads", "must be [] unless attn_weights are asked for", settings.capture.heads)
         if settings.tokens.pool in MEANS and any(point.site == ATTN_WEIGHTS for point in points):
             raise ConfigError("tokens.pool", "must be none or last for attn_weights", settings.tokens.pool)
     except ConfigError as problem:

@@ -98,6 +98,8 @@ def _resolved(tree: DictConfig, key: str, given: object) -> Any:
 def _assign(schema: DictConfig, key: str, value: Any, kind: type) -> None:
     if kind is tuple and isinstance(value, str):
         value = [value]
+    if key == "capture.heads" and isinstance(value, int) and not isinstance(value, bool):
+        value = [str(value)]
     if kind is str and value == "":
         raise ConfigError(key, "must not be empty", value)
     if kind is str and not isinstance(value, str | None):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -49,8 +50,10 @@ most used settings (--settings lists all, with their defaults and presets):
                                  resid_post@i is the residual stream after layer
                                  i, from 0; resid_post@0:24:6 a range; all (the
                                  default) every layer
-  parallel.tp=2 parallel.pp=2 parallel.dp=2 parallel.sp=true
-                                 tensor, pipeline, data, sequence parallel
+  parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.dp=2
+                                 tensor, pipeline, context, data parallel; also
+                                 parallel.sp=true, parallel.vp=2; parallel=auto
+  tokens=last                    which tokens are kept: last, mean, assistant, ...
   precision.compute=bf16 precision.stored=bf16
                                  fp32 (the default), bf16 or fp16; stored also
                                  int8, with a scale for each row
@@ -207,11 +210,15 @@ class _ShowSettings(argparse.Action):
         from nemo_qwen_hidden.cli.settings_table import presets_table, settings_table
 
         for row in settings_table():
-            print(f"{row.key} = {row.default}\n    {row.help}")
+            print(f"{row.key} = {row.default}\n{_wrapped(row.help)}")
         print("\npresets")
         for group, names in presets_table().items():
-            print(f"    {group}={'|'.join(names)}")
+            print(_wrapped(f"{group}={' '.join(names)}"))
         parser.exit(0)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _prepared(

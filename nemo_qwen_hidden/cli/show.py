@@ -7,6 +7,7 @@ from nemo_qwen_hidden.extract import Summary, disk_bytes
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.part import state_counts
 from nemo_qwen_hidden.plan.auto import Choice
+from nemo_qwen_hidden.plan.pooling import check_whole
 from nemo_qwen_hidden.store.format import human_bytes
 from nemo_qwen_hidden.store.manifest import Manifest
 
@@ -20,17 +21,20 @@ def summary(done: Summary, terminal: Terminal) -> None:
     facts = [
         ("store", str(done.path)),
         ("rows", f"{manifest.rows:,} tokens of {_count(manifest.documents, 'document')}"),
+        *([] if manifest.states == manifest.rows else [("states", f"{manifest.states:,} of {manifest.rows:,} rows")]),
         ("hook points", _some([str(point) for point in manifest.points])),
         ("size", f"{human_bytes(size)} in {manifest.stored_dtype}, {_widths(manifest)} values a row"),
     ]
     if done.work is None:
         terminal.table(facts, "already there; nothing was left to do")
         return
-    speed = human(done.rows / done.run_seconds) if done.run_seconds > 0 else "-"
+    speed = human(done.states / done.run_seconds) if done.run_seconds > 0 else "-"
+    full = manifest.states == manifest.rows
+    made, unit = ("tokens run", "tokens") if full else ("states made", "states")
     facts += [
         ("layout", done.topology),
         ("time", f"{_seconds(done.seconds)}, of which {_seconds(done.run_seconds)} computing and writing"),
-        ("speed", f"{done.rows:,} tokens run, {speed} tokens/s"),
+        ("speed", f"{done.states:,} {made}, {speed} {unit}/s"),
         ("peak memory", f"{human_bytes(done.peak_bytes)} in the largest rank"),
     ]
     terminal.table(facts, f"extracted: {done.work}")
@@ -44,12 +48,14 @@ def _widths(manifest: Manifest) -> str:
 
 def plan(job: Job, terminal: Terminal) -> None:
     """What ``extract`` would do. Tokenizes the data to count its rows; loads no weights."""
-    documents = rows = windows = states = 0
+    documents = rows = windows = states = cut_documents = 0
     with terminal.progress() as bar:
         for length, cut, kept in state_counts(job):
             documents, rows, windows, states = documents + 1, rows + length, windows + cut, states + kept
+            cut_documents += cut > 1
             bar.count(rows)
     require_tokens(rows, job.data_path)
+    check_whole(job.settings.tokens.pool, cut_documents=cut_documents, max_tokens=job.batching.max_tokens)
     sample, tokens = job.settings.tokens.sample, job.settings.tokens
     if sample is not None and tokens.sample_of == "all" and tokens.pool not in MEANS:
         states = min(states, sample)
@@ -104,8 +110,8 @@ def _plan_rows(job: Job, *, documents: int, rows: int, windows: int, states: int
 
 def _kept(job: Job, states: int) -> str:
     tokens = job.settings.tokens
-    what = "means of documents" if tokens.pool in MEANS else "tokens"
-    return f"{states:,} {what}" + (", less those left out for their norm" if tokens.max_norm is not None else "")
+    less = ", less those left out for their norm" if tokens.max_norm is not None else ""
+    return _count(states, "mean" if tokens.pool in MEANS else "token") + less
 
 
 def _stage_rows(job: Job) -> list[tuple[str, ...]]:

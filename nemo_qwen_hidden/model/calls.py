@@ -239,8 +239,12 @@ class BatchCalls:
     def _bound(self, batch: Batch, edits: Sequence[Edit], points: Sequence[HookPoint]) -> tuple[BoundEdit, ...]:
         """Edits of a batch of which ``points`` are wanted. What lies behind them is not run; that is said here, on
         every rank, since hooks would find out on one alone."""
+        layers = self.config.num_layers
         for edit in edits:
-            if by_depth({edit.hook_point, *points}, self.config.num_layers)[-1] not in points:
+            if edit.hook_point.layer is not None and edit.hook_point.layer >= layers:
+                rule = f"must name a layer from 0 to {layers - 1}"
+                raise ConfigError("hook point of an edit", rule, str(edit.hook_point))
+            if by_depth({edit.hook_point, *points}, layers)[-1] not in points:
                 rule = "must not lie behind the deepest state that is asked for, where nothing would change"
                 raise ConfigError("hook point of an edit", rule, str(edit.hook_point))
         return batch.bound(edits, self.config.hidden_size)

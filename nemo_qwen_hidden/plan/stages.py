@@ -128,7 +128,13 @@ def _counting_ends(split: Split, num_layers: int, pp: int, vp: int) -> tuple[ran
 
 def _from_layout(split: Split, num_layers: int, pp: int, vp: int) -> tuple[range, ...]:
     layout, setting = split.layout or "", "parallel.pipeline_layout"
-    if replaced := [name for name in ("first_layers", "last_layers", "embedding", "loss") if getattr(split, name)]:
+    others = {
+        "parallel.first_stage_layers": split.first_layers,
+        "parallel.last_stage_layers": split.last_layers,
+        "parallel.account_for_embedding": split.embedding,
+        "parallel.account_for_loss": split.loss,
+    }
+    if replaced := [f"`{name}`" for name, value in others.items() if value]:
         raise ConfigError(setting, f"must be alone, without {', '.join(replaced)}", layout)
     stages = list(_parse(layout, setting))
     if len(stages) != pp * vp:
@@ -136,8 +142,9 @@ def _from_layout(split: Split, num_layers: int, pp: int, vp: int) -> tuple[range
         raise ConfigError(setting, rule, f"{layout} ({len(stages)} stages)")
     order = "".join(stages)
     if order != f"E{'t' * num_layers}L":
-        rule = f"must be E, {num_layers} times t (layers of the model), L"
-        raise ConfigError(setting, rule, f"{layout} ({order.count('t')} times t)")
+        rule = f"must be one E, {num_layers} times t (layers of the model), and one L, in this order"
+        found = ", ".join(f"{order.count(letter)} {letter}" for letter in "EtL")
+        raise ConfigError(setting, rule, f"{layout} ({found})")
     return _ranges(stage.count("t") for stage in stages)
 
 

@@ -65,7 +65,7 @@ def test_the_same_command_again_does_nothing(settings: Settings, run: Any) -> No
     _, store = run(settings)
     before = (store.path / "manifest.json").read_bytes()
     summary, store = run(replace(settings, parallel=ParallelSettings(dp=2)))
-    assert (summary.work, summary.rows) == (None, 0)
+    assert (summary.work, summary.states) == (None, 0)
     assert (store.path / "manifest.json").read_bytes() == before
     assert not (store.path / "journal").exists()
 
@@ -95,7 +95,7 @@ def test_documents_are_added(settings: Settings, run: Any, tmp_path: Path) -> No
     second = replace(settings.data, path=str(write_documents(tmp_path / "second.jsonl", SECOND, seed=9)))
     added = replace(settings, data=second, store=replace(settings.store, add="documents", shard_rows=40))
     summary, store = run(replace(added, parallel=ParallelSettings(tp=2)))
-    assert (summary.work, summary.rows) == ("documents added", sum(SECOND))
+    assert (summary.work, summary.states) == ("documents added", sum(SECOND))
     assert before.items() <= shards(store).items()
     assert (store.rows, store.documents) == (sum(FIRST + SECOND), len(FIRST + SECOND))
     alone = replace(settings, data=second, store=replace(settings.store, path=str(tmp_path / "alone")))
