@@ -53,7 +53,7 @@ most used settings (--settings lists all, with their defaults and presets):
   parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.dp=2
                                  tensor, pipeline, context, data parallel; also
                                  parallel.sp=true, parallel.vp=2; parallel=auto
-  tokens=last                    which tokens are kept: last, mean, assistant, ...
+  tokens=last                    which tokens are kept; also mean, assistant
   precision.compute=bf16 precision.stored=bf16
                                  fp32 (the default), bf16 or fp16; stored also
                                  int8, with a scale for each row
