@@ -1,5 +1,6 @@
 """Every site equals TransformerLens' hook of that name, on the same weights."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tests.support.hf_sites import transformers_sites
 from tests.support.models import TINY, ragged_batch, relative_error
 from tests.support.ranks import gathered
 
-pytest.importorskip("transformer_lens", reason="TransformerLens is not installed: pip install '.[lens]'")
-
+pytestmark = pytest.mark.skipif(
+    find_spec("transformer_lens") is None, reason="TransformerLens is not installed: pip install '.[lens]'"
+)
 BATCH = ragged_batch((17, 1, 29))
 TOLERANCE = 1e-5
 MODELS = (*TINY, "embedded")
@@ -34,9 +36,26 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[lens.bridge, lens.hooked], ids=lambda load: load.__name__)
-def theirs(request: pytest.FixtureRequest, model: Any, tiny_folders: dict[Any, Path]) -> Documents:
-    return lens.lens_sites(request.param(folder_of(model, tiny_folders)), BATCH)
+@pytest.fixture(scope="module")
+def all_theirs(tiny_folders: dict[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Documents]]:
+    """Of ``lens.bridge`` and ``lens.hooked``, for each model."""
+    from nemo_qwen_hidden.parallel.launch import run_ranks
+
+    log = tmp_path_factory.mktemp("theirs") / "ranks.log"
+    folders = [folder_of(model, tiny_folders) for model in MODELS]
+    (found,) = run_ranks(lens.of_folders, (folders, BATCH), world=1, log=log)
+    return [
+        {
+            model: [{point: torch.from_numpy(state) for point, state in each.items()} for each in of_model]
+            for model, of_model in zip(MODELS, models, strict=True)
+        }
+        for models in found
+    ]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["bridge", "hooked"])
+def theirs(request: pytest.FixtureRequest, model: Any, all_theirs: list[dict[Any, Documents]]) -> Documents:
+    return all_theirs[request.param][model]
 
 
 @pytest.fixture(scope="module")

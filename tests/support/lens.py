@@ -3,6 +3,7 @@
 TransformerLens is an extra (``lens`` in setup.py), so it is imported where it is used.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, LAYERLESS_SITES, SITES, HookPoint
+from nemo_qwen_hidden.parallel.launch import Rank
 from tests.support.models import Batch
 
 # docs/sites.md has the same names
@@ -74,6 +76,18 @@ def lens_sites(model: Any, batch: Batch) -> list[dict[HookPoint, torch.Tensor]]:
             {point: _as_here(point, cache[HOOKS[point.site].format(i=point.layer)][0]) for point in points}
         )
     return documents
+
+
+def of_folders(rank: Rank, folders: Sequence[Path], batch: Batch) -> list[list[list[dict[HookPoint, Any]]]]:
+    """For ``bridge`` and ``hooked``, for each folder, ``lens_sites`` as arrays. To be run as a rank, since what is
+    imported for it changes how libraries log in a whole process."""
+    torch.set_num_threads(1)
+    found = [[lens_sites(load(folder), batch) for folder in folders] for load in (bridge, hooked)]
+    return [[[_arrays(document) for document in documents] for documents in models] for models in found]
+
+
+def _arrays(document: dict[HookPoint, torch.Tensor]) -> dict[HookPoint, Any]:
+    return {point: state.detach().numpy() for point, state in document.items()}
 
 
 def _as_here(point: HookPoint, state: torch.Tensor) -> torch.Tensor:
