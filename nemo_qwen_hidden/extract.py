@@ -8,7 +8,7 @@ Three steps, so that whoever starts the ranks can stand between them: ``begin`` 
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -130,7 +130,8 @@ def norm_job(job: Job) -> Job | None:
 def drop_norms(job: Job) -> None:
     """Takes the store of the ``norm_job`` of ``job`` away, once the rows are chosen or the job has failed, and one that
     a killed job has left. Called while ``job`` is ``locked``."""
-    shutil.rmtree(_norms_path(job), ignore_errors=True)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(_norms_path(job))
 
 
 def _norms_path(job: Job) -> Path:

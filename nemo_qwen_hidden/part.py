@@ -53,7 +53,8 @@ def make_part(job: Job, folder: Path, number: int, norms: Norms | None = None) -
     used: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
-        used.append(load_tokenizer(job.model_folder))
+        if not used:
+            used.append(load_tokenizer(job.model_folder))
         return used[0]
 
     tokens = job.settings.tokens

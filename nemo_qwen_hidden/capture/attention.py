@@ -63,8 +63,8 @@ class AttentionInputs:
     def weights(self, process_groups: ProcessGroups) -> Tensor:
         """softmax(q k / sqrt(D)) over the keys that each row sees, [n, A * K], zeros behind. Collective over cp."""
         microbatch, parts = self.view.microbatch, process_groups.topology.cp
-        positions = [_positions(spans_of(microbatch, part=part, parts=parts)) for part in range(parts)]
-        key_SBGD = gather_tokens(self.key, positions, process_groups.cp)
+        spans = [span for part in range(parts) for span in spans_of(microbatch, part=part, parts=parts)]
+        key_SBGD = gather_tokens(self.key, spans, process_groups.cp)
         found = self.query.new_zeros(len(self.query), len(self.groups), self.asked.keys)
         places, number_of = list(microbatch.places()), microbatch.segment_numbers()
         done = 0
@@ -84,7 +84,3 @@ class AttentionInputs:
 
 def _offsets(run: Run) -> list[int] | slice:
     return slice(None) if run.picked is None else list(run.picked)
-
-
-def _positions(spans: Sequence[range]) -> Tensor:
-    return torch.cat([torch.arange(span.start, span.stop) for span in spans])

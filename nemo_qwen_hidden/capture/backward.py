@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_qwen_hidden.capture.pipeline import Pipeline, Stage, StateRows, TokenRows
-from nemo_qwen_hidden.capture.rows import View, view_of
+from nemo_qwen_hidden.capture.rows import lay_out
 from nemo_qwen_hidden.capture.sites import visit_site
 from nemo_qwen_hidden.capture.taps import LocalSlice, Sink, Taps, copy_rows
 from nemo_qwen_hidden.hookpoint import EMBED, HookPoint
@@ -95,11 +95,12 @@ class BackwardPass:
         if not stage.last:
             outcomes.append(hidden)
             gradients.append(self._receive_gradient(hidden, stage))
-        view = self._view(microbatch)
+        view = self._pipeline.view(microbatch)
         for point, state in graph.states.items():
             if point in self._seeds:
                 outcomes.append(state)
-                gradients.append(_laid_out(self._seeds[point], state, view))
+                gradients.append(torch.zeros_like(state))
+                lay_out(self._seeds[point], gradients[-1], view)
         assert graph.root is not None
         wanted = [point for point in self._wanted if point in graph.states]
         inputs = [graph.root, *(graph.states[point] for point in wanted), *self._parameters]
@@ -116,10 +117,6 @@ class BackwardPass:
         for total, gradient in zip(self.parameter_gradients, found[1 + len(wanted) :], strict=True):
             if gradient is not None:
                 total += gradient
-
-    def _view(self, microbatch: Microbatch) -> View:
-        place = self._pipeline.groups.place
-        return view_of(microbatch, place.topology, cp=place.cp, tp=place.tp, choice=None)
 
     def _receive_gradient(self, hidden: Tensor, stage: Stage) -> Tensor:
         gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -153,15 +150,6 @@ def _ignore(_piece: LocalSlice) -> None:
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-def _laid_out(rows: StateRows, like_CBH: Tensor, view: View) -> Tensor:
-    """What ``rows`` gives for this rank's tokens, at their places; zero elsewhere."""
-    laid = torch.zeros_like(like_CBH)
-    for run in view.residual_runs:
-        start = run.index - view.first_index
-        laid[start : start + run.length, run.sequence] = rows(run.first_row, run.length).to(laid)
-    return laid
 
 
 @contextmanager

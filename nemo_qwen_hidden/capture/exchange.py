@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -34,21 +35,20 @@ def to_full_width(values: Tensor, rows: Sequence[int], widths: Sequence[int] | N
     return torch.cat([part.view(values.dtype).view(mine, width) for part, width in parts], dim=1)
 
 
-def gather_tokens(slice_C: Tensor, positions: Sequence[Tensor], cp: dist.ProcessGroup) -> Tensor:
+def gather_tokens(part: Tensor, spans: Sequence[range], cp: dist.ProcessGroup) -> Tensor:
     """The tokens of all context-parallel ranks along the first axis, in the order of the sequence. Collective over cp.
 
-    positions: for each rank the places of its tokens on the sequence axis, int64 [C].
+    In training its backward hands each rank the sum of what all of them want for its tokens.
+
+    Args:
+        part: [C, ...], this rank's. spans: where tokens lie on the sequence axis, those of the first rank, then those
+            of the next.
     """
     if cp.size() == 1:
-        return slice_C
-    parts = [torch.empty_like(slice_C) for _ in range(cp.size())]
-    dist.all_gather(parts, slice_C.contiguous(), group=cp)
-    whole = torch.empty(
-        sum(len(each) for each in positions), *slice_C.shape[1:], dtype=slice_C.dtype, device=slice_C.device
-    )
-    for part, places in zip(parts, positions, strict=True):
-        whole[places.to(whole.device)] = part
-    return whole
+        return part
+    gathered: Tensor = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=cp)
+    order = torch.cat([torch.arange(span.start, span.stop) for span in spans]).argsort()
+    return gathered[order.to(part.device)]
 
 
 def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup) -> Tensor:

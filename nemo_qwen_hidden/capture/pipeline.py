@@ -21,7 +21,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from nemo_qwen_hidden.capture.rows import view_of
+from nemo_qwen_hidden.capture.rows import View, lay_out, view_of
 from nemo_qwen_hidden.capture.taps import Capture, Sink, Taps, part_of_decoder, tapped
 from nemo_qwen_hidden.hookpoint import FINAL_NORM, deepest
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
@@ -182,8 +182,7 @@ class Pipeline:
         self, microbatch: Microbatch, stage: Stage, received: Tensor | None, tokens: TokenRows, taps: Taps
     ) -> Tensor:
         """What a stage gives for a microbatch, [C, B, H]; ``received`` is what the stage before gave."""
-        topology, place = self.groups.topology, self.groups.place
-        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=self.capture.choice)
+        view = self.view(microbatch)
         inputs = make_inputs(microbatch, view.spans, tokens, self.groups.device)
         model, given = stage.model, None
         if received is not None and model.pre_process:
@@ -200,14 +199,15 @@ class Pipeline:
             taps.view = None
         return hidden
 
+    def view(self, microbatch: Microbatch) -> View:
+        """What this rank has of a microbatch, and what is kept of it."""
+        place = self.groups.place
+        return view_of(microbatch, place.topology, cp=place.cp, tp=place.tp, choice=self.capture.choice)
+
     def _given_states(self, microbatch: Microbatch, states: StateRows) -> Tensor:
         """The states of this rank's tokens, [C, B, H]; zero where there is padding."""
-        topology, place = self.groups.topology, self.groups.place
-        view = view_of(microbatch, topology, cp=place.cp, tp=place.tp, choice=None)
         given = torch.zeros(self._shape(microbatch), dtype=self._config.params_dtype, device=self.groups.device)
-        for run in view.residual_runs:
-            start = run.index - view.first_index
-            given[start : start + run.length, run.sequence] = states(run.first_row, run.length).to(given)
+        lay_out(states, given, self.view(microbatch))
         return given
 
     def _receive(self, order: Iterable[tuple[Microbatch, Stage]]) -> Iterator[tuple[Microbatch, Stage, Tensor | None]]:

@@ -47,6 +47,14 @@ class View:
         return self.stripes[self.own]
 
 
+def lay_out(rows: Callable[[int, int], Tensor], into_CBH: Tensor, view: View) -> None:
+    """Puts what ``rows`` gives for (first row, length), [length, H], where this rank has these tokens at the residual
+    sites. C: tokens of this rank, B: sequences, H: hidden."""
+    for run in view.residual_runs:
+        start = run.index - view.first_index
+        into_CBH[start : start + run.length, run.sequence] = rows(run.first_row, run.length).to(into_CBH)
+
+
 def view_of(microbatch: Microbatch, topology: Topology, *, cp: int, tp: int, choice: Choice | None) -> View:
     """What the rank at these coordinates has of ``microbatch``."""
     spans = spans_of(microbatch, part=cp, parts=topology.cp)

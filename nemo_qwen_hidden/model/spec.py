@@ -17,13 +17,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nemo_qwen_hidden.capture.exchange import gather_tokens
 from nemo_qwen_hidden.plan.slices import zigzag
 
 
@@ -87,7 +87,8 @@ class SdpaCoreAttention(MegatronModule):
             query, key, value = query[:, None], key[:, None], value[:, None]
             bounds = packed_seq_params.cu_seqlens_q.tolist()
         if self.cp_group.size() > 1:
-            key, value = (_in_order(each, bounds, self.cp_group) for each in (key, value))
+            spans = list(_spans(bounds, self.cp_group.size()))
+            key, value = (gather_tokens(each, spans, self.cp_group) for each in (key, value))
         if attention_mask is not None:
             return self._attend(query, key, value, ~attention_mask).flatten(-2)
         out, index = torch.empty_like(query), 0
@@ -122,14 +123,11 @@ def _own(block: range, cp: dist.ProcessGroup) -> Iterable[range]:
     return (block,) if cp.size() == 1 else zigzag(block, cp.rank(), cp.size())
 
 
-def _in_order(part: Tensor, bounds: Sequence[int], cp: dist.ProcessGroup) -> Tensor:
-    """The tokens of all context-parallel ranks in the order of the sequence. In training its backward hands each rank
-    the sum of what all of them want for its tokens."""
-    gathered: Tensor = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=cp)
-    blocks = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
-    chunks = [chunk for rank in range(cp.size()) for block in blocks for chunk in zigzag(block, rank, cp.size())]
-    places = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
-    return gathered[places.argsort().to(part.device)]
+def _spans(bounds: Sequence[int], ranks: int) -> Iterable[range]:
+    """The tokens of all blocks that the first context-parallel rank has, in its order, then those of the next."""
+    for rank in range(ranks):
+        for start, stop in itertools.pairwise(bounds):
+            yield from zigzag(range(start, stop), rank, ranks)
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
