@@ -19,24 +19,20 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_qwen_hidden.capture.exchange import gather_tokens
+from nemo_qwen_hidden.model.local_layers import (
+    LocalColumnLinear,
+    LocalMLP,
+    LocalNorm,
+    LocalRowLinear,
+    LocalSelfAttention,
+)
 from nemo_qwen_hidden.plan.slices import zigzag
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm (https://arxiv.org/abs/1910.07467) with the constructor that Megatron's specs call.
-
-    Megatron 0.16.1's own ``WrappedTorchNorm`` refuses sequence parallelism (``torch_norm.py:33``) and ignores
-    ``params_dtype``. The mark on the weight makes Megatron sum its gradient over tp under sequence parallelism.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -137,7 +133,7 @@ def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layers and final norm of this stage: Transformer Engine's where it can run, else Megatron's local layers with
-    the norm and the attention of this file. In fp32 the latter always: Transformer Engine's linears would round to
+    modules of our own. In fp32 the latter always: Transformer Engine's linears would round to
     TF32, and its attention has no fp32 kernel for packed sequences.
 
     Only a GPU can run the first; ``tests/gpu/test_transformer_engine.py`` shows it.
@@ -147,11 +143,21 @@ def decoder_spec(config: TransformerConfig, vp_stage: int | None = None) -> Tran
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        layer, norm = local_layer(), LocalNorm
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def local_layer() -> ModuleSpec:
+    """Megatron's local layer with the modules of ``local_layers`` and the attention of this file."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = LocalNorm
+    layer.mlp, attention = LocalMLP, layer.self_attention
+    attention.module = LocalSelfAttention
+    attention.submodules.core_attention = SdpaCoreAttention
+    attention.submodules.linear_qkv, attention.submodules.linear_proj = LocalColumnLinear, LocalRowLinear
+    return spec
 
 
 def transformer_engine_runs() -> bool:

@@ -297,3 +297,17 @@ def most_alive(rank: Rank, topology: Topology, folder: Path, tokens: int) -> int
     events.sort(key=lambda event: event["ts"])
     before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
     return max(event["args"]["Total Allocated"] for event in events) - before
+
+
+def with_and_without_gradients(rank: Rank, folder: Path, batch: Batch) -> tuple[Any, Any]:
+    """Decoder outputs [S, B, H] of ``forward`` without gradients, and with them."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    torch.set_num_threads(1)
+    model = Qwen2HiddenModel.from_pretrained(folder)
+    positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+    with torch.no_grad():
+        without = model(batch.input_ids, positions)
+    tracked = model(batch.input_ids, positions)
+    assert tracked.requires_grad and not without.requires_grad
+    return without.numpy(), tracked.detach().numpy()
