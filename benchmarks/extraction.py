@@ -85,12 +85,17 @@ class Match:
         ]
         everything = range(len(self.work.documents))
         with ExitStack() as stack:
+            _say("loading models")
+            workers = {
+                who: stack.enter_context(Worker(who.partition(" ")[0], work, self.folder))
+                for who, work in self.works.items()
+            }
             reference = self._reference(everything)
-            workers = {}
-            for who, work in self.works.items():
-                _say(f"{who}: loading the model and choosing settings")
-                workers[who] = stack.enter_context(Worker(who.partition(" ")[0], work, self.folder))
-                self.choices[who] = workers[who].choose()
+            for worker in workers.values():
+                worker.wait()
+            for who, worker in workers.items():
+                _say(f"{who}: choosing settings")
+                self.choices[who] = worker.choose()
             for case in played:
                 for who, worker in workers.items():
                     _say(f"{case.title}: comparing the states of {who} with ours in fp32")

@@ -30,7 +30,8 @@ class ContestantError(Exception):
 
 
 class Worker:
-    """A contestant, seen from outside. ``folder`` is where it writes; what its libraries say goes to a log there."""
+    """A contestant, seen from outside. Making it begins to load the model, and ``wait`` ends when it is there.
+    ``folder`` is where it writes; what its libraries say goes to a log there."""
 
     def __init__(self, kind: str, work: Work, folder: Path) -> None:
         self.name = f"{kind} in {work.dtype}"
@@ -40,7 +41,7 @@ class Worker:
         self._process = get_context("spawn").Process(target=_serve, args=(there, kind, work, self._folder / "log"))
         self._process.start()
         there.close()
-        self._answer()
+        self._loaded = False
 
     def __enter__(self) -> "Worker":
         return self
@@ -50,6 +51,12 @@ class Worker:
         if kind is not None:
             self._process.terminate()
         self._process.join()
+
+    def wait(self) -> None:
+        """Until it can be asked for something."""
+        if not self._loaded:
+            self._answer()
+            self._loaded = True
 
     def choose(self) -> Choices:
         """What it has found to be its best settings."""
@@ -71,6 +78,7 @@ class Worker:
         return self._folder / str(self._runs)
 
     def _ask(self, *command: Any) -> Any:
+        self.wait()
         self._pipe.send(command)
         return self._answer()
 
