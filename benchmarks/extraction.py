@@ -16,8 +16,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -87,10 +87,10 @@ class Match:
         with ExitStack() as stack:
             _say("loading models")
             workers = {
-                who: stack.enter_context(Worker(who.partition(" ")[0], work, self.folder))
+                who: stack.enter_context(Worker(who, who.partition(" ")[0], work, self.folder))
                 for who, work in self.works.items()
             }
-            reference = self._reference(everything)
+            reference = self._reference(workers)
             for worker in workers.values():
                 worker.wait()
             for who, worker in workers.items():
@@ -110,15 +110,14 @@ class Match:
                         _say(f"round {number + 1} of {rounds}, {case.title}, {who}: {seconds:.2f} s")
         return results
 
-    def _reference(self, documents: Sequence[int]) -> Path:
-        """Our states of all documents at all hook points, in fp32."""
+    def _reference(self, workers: Mapping[str, Worker]) -> Path:
+        """Our states of all documents at all hook points, in fp32 and with default settings."""
         _say("states of ours in fp32, to compare with")
         work = replace(self.work, dtype=FP32, settings=())
+        worker = workers[OURS] if self.works.get(OURS) == work else Worker("reference", OURS, work, self.folder)
         everything = cases(read_architecture(work.model).shape.num_layers)["all"]
-        folder = self.folder / "reference"
-        folder.mkdir()
-        with Worker(OURS, work, folder) as worker:
-            _, path = worker.run(everything, documents)
+        with nullcontext(worker) if worker in workers.values() else worker:
+            _, path = worker.run(everything, range(len(work.documents)))
         return path / "store"
 
 

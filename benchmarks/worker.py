@@ -33,9 +33,9 @@ class Worker:
     """A contestant, seen from outside. Making it begins to load the model, and ``wait`` ends when it is there.
     ``folder`` is where it writes; what its libraries say goes to a log there."""
 
-    def __init__(self, kind: str, work: Work, folder: Path) -> None:
-        self.name = f"{kind} in {work.dtype}"
-        self._folder, self._runs = folder / self.name.replace(" ", "-"), 0
+    def __init__(self, name: str, kind: str, work: Work, folder: Path) -> None:
+        self.name = name
+        self._folder, self._runs = folder / name.replace(" ", "-"), 0
         self._folder.mkdir()
         self._pipe, there = get_context("spawn").Pipe()
         self._process = get_context("spawn").Process(target=_serve, args=(there, kind, work, self._folder / "log"))
