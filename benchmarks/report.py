@@ -82,7 +82,8 @@ def read(path: Path) -> Result:
 
 
 def tables(result: Result) -> str:
-    """One table for each case, in at most 100 columns."""
+    """One table for each case, in at most 100 columns. ratio: how many times as fast extract is, asked: what it should
+    be. error: the median of a token's. of DTYPE: the floor's time in this dtype, divided by the contestant's."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     choices = "; ".join(
         f"{who}: {', '.join(f'{k} {v}' for k, v in made.items())}" for who, made in result.choices.items()
@@ -93,17 +94,16 @@ def tables(result: Result) -> str:
 
 def _table(result: Result, case: CaseResult) -> list[str]:
     floors = [who for who in case.seconds if who.startswith(FLOOR)]
-    header = [f"{case.title}, {result.dtype}", "tokens/s", "min to max", f"{OURS}: times", "asked", "error"]
-    rows = [[*header, *(f"of {who}" for who in floors)], ["---"] * (len(header) + len(floors))]
+    header = [case.title, "tokens/s (min..max)", "ratio", "asked", "error"]
+    rows = [[*header, *(who.replace(f"{FLOOR} in", "of") for who in floors)], ["---"] * (len(header) + len(floors))]
     for who in case.seconds:
         middle, low, high = case.rate(who, result.tokens)
         ours = who == OURS or OURS not in case.seconds
         times = "" if ours or who in floors else f"{case.times(OURS, who):.2f}"
         error = f"{case.errors[who].median:.1e}" if who in case.errors else ""
         shares = [f"{case.times(who, floor):.2f}" for floor in floors]
-        rows.append(
-            [who, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", times, _asked(result, case, who), error, *shares]
-        )
+        rates = f"{middle:.0f} ({low:.0f}..{high:.0f})"
+        rows.append([who, rates, times, _asked(result, case, who), error, *shares])
     widths = [max(len(row[column]) for row in rows if row[0] != "---") for column in range(len(rows[0]))]
     return [_line(row, widths) for row in rows]
 
@@ -129,26 +129,29 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """Bars of tokens a second: a panel for each result, a group for each case; floors are marks above."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
+    figure = Figure(figsize=(max(6, 4 * len(results)), 4), layout="constrained")
     for panel, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
-        names = [who for who in result.cases[0].seconds if not who.startswith(FLOOR)]
+        bars = [who for who in result.cases[0].seconds if not who.startswith(FLOOR)]
         floors = [who for who in result.cases[0].seconds if who.startswith(FLOOR)]
-        width = 0.85 / len(names)
-        for number, who in enumerate(names):
+        width = 0.85 / len(bars)
+        for number, who in enumerate(bars):
             rates = [case.rate(who, result.tokens) for case in result.cases]
-            places = [group + (number - (len(names) - 1) / 2) * width for group in range(len(rates))]
+            places = [group + (number - (len(bars) - 1) / 2) * width for group in range(len(rates))]
             spread = [[middle - low for middle, low, _ in rates], [high - middle for middle, _, high in rates]]
-            color = "tab:red" if who == OURS else str(0.75 - 0.5 * number / len(names))
+            color = "tab:red" if who == OURS else str(0.75 - 0.5 * number / len(bars))
             panel.bar(places, [rate[0] for rate in rates], width, yerr=spread, label=who, color=color)
-        for style, who in zip(("-", ":"), floors, strict=False):
+        for who in floors:
             heights = [case.rate(who, result.tokens)[0] for case in result.cases]
             ends = [group - 0.45 for group in range(len(heights))], [group + 0.45 for group in range(len(heights))]
-            panel.hlines(heights, *ends, linestyles=style, colors="black", label=who)
+            panel.hlines(heights, *ends, linestyles=":" if who.endswith(FP32) else "-", colors="black", label=who)
         panel.set_xticks(range(len(result.cases)), [case.title for case in result.cases])
         documents = f"{result.lengths[0]:,} tokens each" if result.equal else "ragged"
         panel.set_title(f"{result.dtype}, {len(result.lengths)} documents, {documents}")
         panel.set_ylabel("tokens/s to disk")
-        panel.legend(fontsize="small")
+    legend = {
+        label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
