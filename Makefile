@@ -9,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv extract test lint real torture test-gpu clean
+.PHONY: help venv extract test lint real bench torture test-gpu clean
 
 help:  ## Lists the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,16 @@ real: venv  ## Real Qwen2.5 weights (or the folder in NQH_REAL_MODEL): a run ove
 	$(BIN)/nemo-qwen-hidden extract model.path="$$model" data.path="$$sources/**/*.py" \
 	    store.path=out/real store.overwrite=true; \
 	NQH_REAL_MODEL="$$model" $(BIN)/python -m pytest -m real -raP
+
+bench: venv  ## extract against other ways and the floor of matrix products (hours; BENCH_FP32, BENCH_BF16, BENCH_ROUNDS).
+	model=$$($(BIN)/python recipes/real_weights/fetch.py $(REAL_MODEL) | tail -n 1); \
+	run() { $(BIN)/python -m benchmarks.extraction --model "$$model" --rounds $(or $(BENCH_ROUNDS),3) "$$@"; }; \
+	run --dtype fp32 --tokens $(or $(BENCH_FP32),12000) --json out/bench/ragged-fp32.json; \
+	run --dtype bf16 --tokens $(or $(BENCH_BF16),6000) --json out/bench/ragged-bf16.json; \
+	for length in 512 2048; do \
+	    run --dtype bf16 --equal $$length --cases middle --tokens 4096 --json out/bench/equal-$$length-bf16.json; \
+	done
+	$(BIN)/python -m benchmarks.report out/bench/*.json --plot out/bench/extraction.png
 
 torture: venv  ## Kills runs KILLS times (100), at moments that SEED (1) chooses, and checks every promise of the store.
 	$(BIN)/python -m tests.torture.every_call --seed $(or $(SEED),1)
