@@ -1,6 +1,6 @@
 """Peak memory of a rank over a corpus and over one ten times as large:
 
-    python benchmarks/memory.py [--tokens 200000] [KEY=VALUE ...]
+    python -m benchmarks.memory [--tokens 200000] [KEY=VALUE ...]
 
 Settings are those of ``extract``; by default the embedded model on one rank, the state after its middle layer. Linux.
 """

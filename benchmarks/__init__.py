@@ -1,0 +1,1 @@
+"""Measurements of this package, and of what else does the same work."""
