@@ -4,7 +4,8 @@ import json
 import random
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nemo_qwen_hidden.cli.compose import compose
 from nemo_qwen_hidden.errors import UserError
 from nemo_qwen_hidden.job import Job, prepare
 from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
+from nemo_qwen_hidden.progress import Event
 from nemo_qwen_hidden.running import Begun, RankResult
 
 
@@ -56,16 +58,19 @@ def in_turn(jobs: Mapping[str, Sequence[str]], folder: Path, *, rounds: int) -> 
             trial = run(overrides, folder)
             if number:
                 found[name].append(trial)
+                print(f"round {number}, {name}: {trial.speed:.0f} tokens/s", file=sys.stderr)
     return found
 
 
-def run(overrides: Sequence[str], folder: Path) -> Trial:
-    """One run into a new store in ``folder``, which goes again."""
+def run(
+    overrides: Sequence[str], folder: Path, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
+) -> Trial:
+    """One run into a new store in ``folder``, which goes again. on_event: takes what each rank tells."""
     store = folder / "store"
     job = prepare(compose([*overrides, f"store.path={store}"]), world=None, for_store=True)
     with extract.locked(job):
         begun = extract.begin(job)
-        results = run_ranks(started, (job, begun), world=job.topology.world, log=folder / "log")
+        results = run_ranks(started, (job, begun), world=job.topology.world, log=folder / "log", on_event=on_event)
         summary = extract.finish(job, begun, results)
     shutil.rmtree(store)
     return Trial(tokens=summary.manifest.rows, secs=summary.run_seconds)
@@ -76,7 +81,7 @@ def started(rank: Rank, job: Job, begun: Begun) -> RankResult:
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
-        return running.run(job, begun, groups)
+        return running.run(job, begun, groups, rank.send, rank.pulse)
 
 
 def ratios(trials: Sequence[Trial], base: Sequence[Trial]) -> list[float]:
