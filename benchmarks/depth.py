@@ -44,8 +44,8 @@ def main() -> None:
     last, every = found.values()
     for name, trials in found.items():
         secs, speeds = spread([trial.secs for trial in trials], 2), spread([trial.speed for trial in trials], 0)
-        print(f"{name:<16}{secs:<26} s{speeds:>26} tokens/s")
-    print(f"every / last    {spread(ratios(last, every), 3):<26}{ASKED:>10.2f} is asked")
+        print(f"{name:<16}{secs + ' s':<28}{speeds} tokens/s")
+    print(f"every / last    {spread(ratios(last, every), 3):<28}{ASKED:>10.2f} is asked")
     print(f"{size / 1e6:.0f} MB with fsync: {spread(disk, 2)} s")
 
 

@@ -51,7 +51,7 @@ def main() -> None:
 
 def report(overrides: Sequence[str], rounds: int, folder: Path) -> None:
     """Every measurement once a round, in turn, so that a busy moment does not fall on one of them alone."""
-    store, text = folder / "store", folder / "text"
+    store, text = folder / "store", folder / "text.txt"
     text.write_text("A few words, so that nearly all of the time is that of the start.\n")
     into = [f"data.path={text}", f"store.path={store}"]
     timed_phases([*into, *overrides])  # files into memory, and a store to open
