@@ -1,31 +1,32 @@
-"""Peak memory of a rank over a corpus and over one ten times as large:
+"""Peak memory of a rank, and its time per token, over a corpus and over one ten times as large:
 
-    python benchmarks/memory.py [--tokens 200000] [KEY=VALUE ...]
+    python -m benchmarks.memory [--tokens 200000] [KEY=VALUE ...]
 
 Settings are those of ``extract``; by default the embedded model on one rank, the state after its middle layer. Linux.
 """
 
 import argparse
-import json
-import random
-import shutil
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-from nemo_qwen_hidden.cli.compose import compose
-from nemo_qwen_hidden.cli.main import main as run_program
-from nemo_qwen_hidden.errors import UserError
-from nemo_qwen_hidden.job import Job, prepare
-from nemo_qwen_hidden.parallel.launch import Rank, output_to, run_ranks
+from benchmarks.trials import Trial, prepared, run, spread, write_corpus
+from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
+from nemo_qwen_hidden.progress import Event, Progress
 
 DEFAULTS = ("capture.hook_points=[resid_post@2]", "precision=fp32_stored_bf16", "data.max_tokens=512")
 SAMPLE_SECS = 0.02
+TIMES = 10
+MOST_OVER_WEIGHTS = 0.2
+MOST_SLOWER = 1.03
 MB = 1e6
 
 
@@ -103,16 +104,6 @@ def _children(process: str) -> list[str]:
         return []
 
 
-def write_corpus(path: Path, *, tokens: int, vocab_size: int, longest: int = 1000) -> None:
-    """JSON lines of random token ids, documents of 1 to ``longest`` tokens, ``tokens`` in all."""
-    draw = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
-        while tokens > 0:
-            length = min(tokens, draw.randint(1, longest))
-            file.write(json.dumps({"token_ids": draw.choices(range(vocab_size), k=length)}) + "\n")
-            tokens -= length
-
-
 def parameters(rank: Rank, job: Job) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of this rank, with all layers. Collective over all ranks."""
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
@@ -123,35 +114,77 @@ def parameters(rank: Rank, job: Job) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def measure(tokens: int, job: Job, overrides: list[str], folder: Path) -> tuple[Peaks, float]:
-    """Peaks of ``extract`` over a corpus of this size, and the seconds that it took; corpus and store go again."""
-    corpus, store, log = folder / "corpus.jsonl", folder / "store", folder / "log"
-    write_corpus(corpus, tokens=tokens, vocab_size=job.architecture.shape.vocab_size)
-    start = time.monotonic()
-    with output_to(log), watched() as peaks:
-        status = run_program(["extract", "--quiet", *overrides, f"data.path={corpus}", f"store.path={store}"])
-    seconds = time.monotonic() - start
-    if status:
-        raise SystemExit(f"extract ended with {status}:\n{log.read_text()[-2000:]}")
-    shutil.rmtree(store)
-    return peaks, seconds
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one run: peaks, tokens, seconds of computing and writing, and when, in monotonic seconds, how many tokens were
+    done."""
+
+    peaks: Peaks
+    trial: Trial
+    done: tuple[tuple[float, int], ...]
+
+    def passes(self, tokens: int) -> list[float]:
+        """Seconds of each further ``tokens``, but for the first, which is not marked where it begins."""
+        wanted, times = tokens, []
+        for time_secs, rows in self.done:
+            if rows >= wanted:
+                times.append(time_secs)
+                wanted += tokens
+        return [later - earlier for earlier, later in pairwise(times)]
 
 
-def report_growth(tokens: int, job: Job, overrides: list[str], folder: Path) -> None:
-    """Two runs, and how their peaks compare."""
-    print(f"{'peaks in MB':>14}{'seconds':>9}{'rank':>9}{'its growth':>12}{'with files':>12}{'starter':>9}")
-    found = []
-    for size in (tokens, 10 * tokens):
-        peaks, seconds = measure(size, job, overrides, folder)
-        found.append(peaks)
-        rank, starter = peaks.largest, peaks.starter
-        sizes = (f"{rank.own / MB:9.1f}", f"{rank.growth / MB:12.1f}", f"{rank.whole / MB:12.1f}")
-        print(f"{size:>14,}{seconds:9.0f}{''.join(sizes)}{starter.own / MB:9.1f}")
-    small, large = found
-    ratios = (large.largest.own / small.largest.own, large.starter.own / small.starter.own)
-    print(f"{'ratio':>14}{ratios[0]:18.3f}{ratios[1]:33.3f}")
+def queue_bytes(rank: Rank) -> int:
+    """What may wait for the disk; asked of a rank, since the starter does without the torch that the writer imports."""
+    from nemo_qwen_hidden.store.write.writer import QUEUE_BYTES
+
+    return QUEUE_BYTES
+
+
+def measure(corpus: Path, overrides: Sequence[str], folder: Path) -> Measured:
+    """A run of ``extract`` over this corpus, whose store goes again."""
+    done: list[tuple[float, int]] = []
+
+    def on_event(rank: int, event: Event) -> None:
+        if rank == 0 and isinstance(event, Progress):
+            done.append((time.monotonic(), event.rows))
+
+    with watched() as peaks:
+        trial = run([*overrides, f"data.path={corpus}"], folder, on_event=on_event)
+    return Measured(peaks=peaks, trial=trial, done=tuple(done))
+
+
+def report_growth(tokens: int, job: Job, overrides: Sequence[str], folder: Path) -> None:
+    """A run over a corpus, one over ten times the same documents, and the first again, so that a machine that becomes
+    slower meanwhile shows as a difference between the two short ones."""
+    small, large = folder / "small.jsonl", folder / "large.jsonl"
+    write_corpus(small, tokens=tokens, vocab_size=job.architecture.shape.vocab_size)
+    with open(large, "wb") as file:
+        for _ in range(TIMES):
+            file.write(small.read_bytes())
     weights = max(job.rank_bytes(stage).weights for stage in range(job.topology.pp))
-    print(f"weights of a rank: {weights / MB:.1f} MB, {weights / small.largest.growth:.0%} of its growth")
+    (queue,) = run_ranks(queue_bytes, world=1, log=folder / "log")
+    allowed = weights + MOST_OVER_WEIGHTS * weights + queue
+    print(f"a rank's weights: {weights / MB:.0f} MB; with 20 % and the queue: {allowed / MB:.0f} MB")
+    print(f"{'tokens':>12}{'us a token':>12}{'rank, MB':>10}{'its growth':>12}{'of that':>9}{'starter':>9}")
+    found = []
+    for corpus in (small, large, small):
+        measured = measure(corpus, overrides, folder)
+        found.append(measured)
+        trial, rank, starter = measured.trial, measured.peaks.largest, measured.peaks.starter
+        sizes = (f"{rank.own / MB:10.0f}", f"{rank.growth / MB:12.0f}", f"{rank.growth / allowed:9.2f}")
+        print(f"{trial.tokens:12,}{1e6 / trial.speed:12.1f}{''.join(sizes)}{starter.own / MB:9.0f}", flush=True)
+    first, ten, last = found
+    ranks = ten.peaks.largest.own / max(each.peaks.largest.own for each in (first, last))
+    starters = ten.peaks.starter.own / max(each.peaks.starter.own for each in (first, last))
+    print(f"ten times as large: a rank's memory {ranks:.3f}, the starter's {starters:.3f}")
+    alone = (first.trial.secs + last.trial.secs) / (first.trial.tokens + last.trial.tokens)
+    times = ten.trial.secs / ten.trial.tokens / alone
+    print(f"time per token {times:.3f} of the mean of the short runs, which differ by", end=" ")
+    print(f"{last.trial.secs / first.trial.secs:.3f}; {MOST_SLOWER:.2f} is asked")
+    passes = ten.passes(tokens // job.topology.dp)
+    early, late = passes[: len(passes) // 2], passes[-(len(passes) // 2) :]
+    print(f"within the long run, passes over the same documents take {spread(passes, 2)} s;", end=" ")
+    print(f"the later half {statistics.median(late) / statistics.median(early):.3f} of the earlier")
 
 
 def report_parameters(job: Job, folder: Path) -> None:
@@ -175,10 +208,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of extract")
     asked = parser.parse_args()
     overrides = [*DEFAULTS, *asked.overrides]
-    try:
-        job = prepare(compose(overrides), world=None, for_store=False)
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    job = prepared(overrides)
     print(f"{job.topology}, {job.num_layers} of {job.architecture.shape.num_layers} layers of {job.model_folder}")
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         report_parameters(job, Path(folder))

@@ -30,7 +30,6 @@ from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.document_ids import shared_documents
-from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.shard import shard_bytes
 from nemo_qwen_hidden.store.table import KEPT_BYTES, TOKEN_BYTES
 from nemo_qwen_hidden.store.write import session
@@ -142,6 +141,8 @@ def _norms(job: Job | None) -> Norms | None:
     """The norms that a ``norm_job`` has made, in order of rows."""
     if job is None:
         return None
+    from nemo_qwen_hidden.store.read.reader import open_store  # needs torch, which no other step here does
+
     view = open_store(job.store_path)[str(job.points[0])]
     return lambda first, count: np.asarray(view[first : first + count], np.float32)[:, 0]
 

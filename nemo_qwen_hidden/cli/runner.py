@@ -157,6 +157,7 @@ def _unfinished(job: Job) -> str:
 
 
 def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
+    import nemo_qwen_hidden.preload  # noqa: F401 - done already, but where there is a GPU
     from nemo_qwen_hidden.parallel.groups import process_groups
 
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
@@ -165,6 +166,7 @@ def _started(rank: launch.Rank, job: Job, begun: Begun) -> RankResult:
 
 def _be_a_rank(job: Job, terminal: Terminal, log: Log) -> Summary | None:
     with terminal.progress() as bar, launch.output_to(log.path), ExitStack() as lock:
+        import nemo_qwen_hidden.preload  # noqa: F401 - in the least time
         from nemo_qwen_hidden.parallel.groups import process_groups
         from nemo_qwen_hidden.parallel.peers import watched
 

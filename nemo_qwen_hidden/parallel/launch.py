@@ -24,7 +24,7 @@ from typing import Any
 from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError, RankError, UserError
 from nemo_qwen_hidden.parallel.watch import LIMITS, Beat, Limits, Pulse, Signs, beating, judge
 
-PRELOAD = ("nemo_qwen_hidden.model.hidden_model",)
+PRELOAD = ("nemo_qwen_hidden.preload",)
 DEVICES = Path("/dev")
 GRACE_SECS = 3.0
 

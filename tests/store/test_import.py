@@ -7,11 +7,14 @@ import pytest
 
 import nemo_qwen_hidden
 from nemo_qwen_hidden.store.write import session
-from tests.store.helpers import python
+from tests.store.helpers import make_store, python
 
-LOADED = (
-    "import sys; {}; print(*sorted({{'torch', 'numpy', 'nemo', 'megatron', 'lightning', 'fsspec'}} & set(sys.modules)))"
-)
+LOADED = """
+import sys
+{}
+heavy = {{"torch", "numpy", "nemo", "megatron", "lightning", "fsspec", "transformers", "tokenizers", "hydra"}}
+print(*sorted(heavy & set(sys.modules)))
+"""
 
 
 @pytest.mark.parametrize(
@@ -23,10 +26,41 @@ LOADED = (
         ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store.read import describe", "numpy torch"),
         ("from nemo_qwen_hidden.store.write import writer", "numpy torch"),
         ("from nemo_qwen_hidden import RowBatches, DocumentBatches, BatchLoader", "numpy torch"),
+        ("from nemo_qwen_hidden.cli.main import main", ""),
+        (
+            "from nemo_qwen_hidden.cli import runner, show",
+            "numpy",
+        ),  # what the starter of ranks imports before NeMo does
     ],
 )
 def test_what_an_import_loads(statement: str, loaded: str) -> None:
     assert python(LOADED.format(statement)) == [loaded]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["plan", "--help"], ["--version"]])
+def test_help_loads_nothing(arguments: list[str]) -> None:
+    statement = f"""
+from nemo_qwen_hidden.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    assert not end.code
+"""
+    assert python(LOADED.format(statement))[-1] == ""
+
+
+@pytest.mark.parametrize("override", ["parallel.tq=2", "parallel.tp=3", "model.path=nowhere/at/all"])
+def test_what_cannot_be_done_is_said_without_torch(override: str) -> None:
+    statement = (
+        f"from nemo_qwen_hidden.cli.main import main; assert main(['extract', 'store.path=s', '{override}']) == 2"
+    )
+    assert {"torch", "nemo", "megatron", "transformers"}.isdisjoint(python(LOADED.format(statement))[-1].split())
+
+
+def test_opening_a_store_loads_no_more_than_torch(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    found = python(LOADED.format(f"from nemo_qwen_hidden import open_store; open_store({str(tmp_path / 'store')!r})"))
+    assert found == ["numpy torch"]
 
 
 def test_public_names() -> None:
