@@ -129,6 +129,8 @@ def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report
 
 
 def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse) -> "ShardWriter":
+    import torch
+
     from nemo_qwen_hidden.store.write.writer import ShardWriter
 
     return ShardWriter(
@@ -139,6 +141,7 @@ def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse)
         nonfinite=job.settings.precision.nonfinite,
         commit_secs=job.settings.store.commit_secs,
         progressed=pulse.progressed,
+        sealing_threads=torch.get_num_threads(),
     )
 
 
@@ -256,7 +259,7 @@ def _choice(manifest: Manifest, kept_rows: KeptRows, weights: Weights) -> "Choic
 
 
 def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
-    """Divides the shards that are whole among the ranks that see the store, each of which finishes its own."""
+    """Divides the shards that no rank has filled and sealed alone among the ranks that see the store."""
     import torch
 
     from nemo_qwen_hidden.parallel.agree import on_rank_0, wait_for_all
