@@ -151,7 +151,6 @@ def _run_writing(
     """Every rank writes what it holds; nothing is sent for it."""
     import torch
 
-    from nemo_qwen_hidden.capture.gather import on_host
     from nemo_qwen_hidden.capture.taps import LocalSlice
 
     table = _token_table(job, begun)
@@ -166,7 +165,7 @@ def _run_writing(
     with _shard_writer(job, begun, groups, pulse) as writer:
 
         def sink(piece: LocalSlice) -> None:
-            _write(job, writer, table, on_host(piece))
+            _write(job, writer, table, piece)
 
         def counted(microbatch: Microbatch) -> None:
             done(sum(len(table.states_of(s.first_row, s.length)) for s in microbatch.segments))
