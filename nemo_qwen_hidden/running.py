@@ -129,6 +129,8 @@ def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report
 
 
 def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse) -> "ShardWriter":
+    import torch
+
     from nemo_qwen_hidden.store.write.writer import ShardWriter
 
     return ShardWriter(
@@ -139,6 +141,7 @@ def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse)
         nonfinite=job.settings.precision.nonfinite,
         commit_secs=job.settings.store.commit_secs,
         progressed=pulse.progressed,
+        sealing_threads=torch.get_num_threads(),
     )
 
 
@@ -148,7 +151,6 @@ def _run_writing(
     """Every rank writes what it holds; nothing is sent for it."""
     import torch
 
-    from nemo_qwen_hidden.capture.gather import on_host
     from nemo_qwen_hidden.capture.taps import LocalSlice
 
     table = _token_table(job, begun)
@@ -163,7 +165,7 @@ def _run_writing(
     with _shard_writer(job, begun, groups, pulse) as writer:
 
         def sink(piece: LocalSlice) -> None:
-            _write(job, writer, table, on_host(piece))
+            _write(job, writer, table, piece)
 
         def counted(microbatch: Microbatch) -> None:
             done(sum(len(table.states_of(s.first_row, s.length)) for s in microbatch.segments))
@@ -256,7 +258,7 @@ def _choice(manifest: Manifest, kept_rows: KeptRows, weights: Weights) -> "Choic
 
 
 def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
-    """Divides the shards that are whole among the ranks that see the store, each of which finishes its own."""
+    """Divides the shards that no rank has filled and sealed alone among the ranks that see the store."""
     import torch
 
     from nemo_qwen_hidden.parallel.agree import on_rank_0, wait_for_all

@@ -19,6 +19,7 @@ from nemo_qwen_hidden.capture.choose import choice_of
 from nemo_qwen_hidden.capture.edits import BoundEdit, Edit
 from nemo_qwen_hidden.capture.gather import LocalStates, SliceBuffer, gather_slices, holdings
 from nemo_qwen_hidden.capture.pipeline import Pipeline
+from nemo_qwen_hidden.capture.staging import staged
 from nemo_qwen_hidden.capture.taps import Capture, LocalSlice
 from nemo_qwen_hidden.checkpoint.architecture import Architecture
 from nemo_qwen_hidden.errors import ConfigError
@@ -276,7 +277,8 @@ class BatchCalls:
         buffer = SliceBuffer()
         pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=wanted, start=start)
         mine = self.of_this_replica(batch.microbatches)
-        pipeline.run(mine, batch.rows if start is None else _no_tokens, buffer, _ignore, _given(batch, start))
+        with staged(buffer, self.groups.device) as sink:
+            pipeline.run(mine, batch.rows if start is None else _no_tokens, sink, _ignore, _given(batch, start))
         if gather == "none":
             held = {point: buffer.of(point) for point in wanted.points}
             return batch.assembler.local({point: kept for point, kept in held.items() if kept}, self._like)

@@ -10,6 +10,7 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Model
 from torch import Tensor, nn
 
 from nemo_qwen_hidden.capture.pipeline import Pipeline, TokenRows
+from nemo_qwen_hidden.capture.staging import staged
 from nemo_qwen_hidden.capture.taps import Capture, Sink
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
@@ -176,13 +177,15 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         sink: Sink,
         done: Callable[[Microbatch], None] = lambda microbatch: None,
     ) -> None:
-        """Runs those of ``microbatches`` that fall to this replica; every slice goes to ``sink`` on the rank that
-        answers for it. Collective over the tp, cp and pp groups.
+        """Runs those of ``microbatches`` that fall to this replica; every slice goes to ``sink``, in the CPU's memory,
+        on the rank that answers for it. Collective over the tp, cp and pp groups.
 
-        tokens: (first row, length) to token ids [length]. done: called after each microbatch of this rank.
+        tokens: (first row, length) to token ids [length]. done: called after each microbatch of this rank, whose last
+        slices may still be on their way from a GPU.
         """
         mine = self.of_this_replica(microbatches)
-        Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture).run(mine, tokens, sink, done)
+        with staged(sink, self.groups.device) as on_host:
+            Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture).run(mine, tokens, on_host, done)
 
 
 def _contiguous(numbers: dict[int, list[int]], count: int) -> tuple[range, ...]:

@@ -1,11 +1,13 @@
 """Files that are there whole or not at all, and that never lie outside the store's folder."""
 
+import ctypes
 import errno
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from nemo_qwen_hidden.errors import StoreError
@@ -14,6 +16,7 @@ from nemo_qwen_hidden.store.format import TEMPORARY
 _ODD = re.compile("[\\\\\0\ud800-\udfff]")  # lone surrogates: no file system has them
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -74,6 +77,15 @@ def read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def read_into(descriptor: int, memory: memoryview, offset: int) -> None:
+    """Fills ``memory`` with the bytes from ``offset`` on; EOFError where the file ends before."""
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if not count:
+            raise EOFError(f"the file ends {len(memory)} bytes too early")
+        memory, offset = memory[count:], offset + count
+
+
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of ``data`` at ``offset``, however many calls that takes; the file position stays."""
     left = memoryview(data).cast("B")
@@ -82,6 +94,24 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         if written == 0:
             raise OSError(errno.EIO, "nothing was written")
         left, offset = left[written:], offset + written
+
+
+def start_writing_back(descriptor: int) -> None:
+    """Has Linux begin to write to the disk what it holds of a file, and does not wait for that; makes nothing durable.
+
+    Raises:
+        OSError: what the disk has reported.
+    """
+    if _libc().sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return libc
 
 
 def write_durably(path: Path, data: bytes) -> None:

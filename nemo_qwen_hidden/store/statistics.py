@@ -18,15 +18,19 @@ from nemo_qwen_hidden.store.fields import Fields
 from nemo_qwen_hidden.store.format import Dtype, Shard
 
 BLOCK_ROWS = 128  # at most; small enough for a processor's cache
-BLOCK_NUMBERS = 1 << 20  # at most, where a row is wide
+BLOCK_NUMBERS = 1 << 16  # about as many, where a row is wide
 UNIT_BITS = 40
 LIMIT = 2.0**22  # of magnitudes: below it every sum over BLOCK_ROWS stays below 2**53, where float64 is exact
 ERROR_BITS = 50
 
+_TO_UNITS = 1.5 * 2.0**12  # added to a number below _SPLIT it rounds to 1/U: the sum's last bit is worth that
+_SPLIT = 2.0**11
+_TO_SPLITS = 1.5 * 2.0**63  # the same for multiples of _SPLIT
+_BITS = int(np.float64(_TO_UNITS).view(np.uint64))
+
 OCTAVES = range(-12, 30)
 BINS_AN_OCTAVE = 128
 BINS = len(OCTAVES) * BINS_AN_OCTAVE
-_UNITS = float(2**UNIT_BITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +131,11 @@ class Accumulator:
 
     def __init__(self, width: int) -> None:
         self._moments = np.zeros((4, width), np.int64)
-        self._norms = np.zeros(BINS, np.int64)
-        self._row = self._rows = self._nan = self._inf = self._max_abs_row = 0
-        self._max_abs, self._min_norm, self._max_norm = -1.0, math.inf, 0.0
+        self._norms: list[NDArray[np.float64]] = []  # of each row that is counted
+        self._row = self._nan = self._inf = self._max_abs_row = 0
+        self._max_abs = -1.0
         self._block_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // width))
-        self._values, self._squares, self._spare = np.empty((3, self._block_rows, width), np.float64)
+        self._memory = np.empty((3, self._block_rows, width), np.float64)
 
     def add(self, values_nH: NDArray[np.float32] | NDArray[np.float64]) -> None:
         """The next rows."""
@@ -139,58 +143,60 @@ class Accumulator:
             self._add(values_nH[start : start + self._block_rows])
 
     def _add(self, block_nH: NDArray[Any]) -> None:
-        magnitudes = np.maximum(block_nH.max(axis=1), -block_nH.min(axis=1))  # NaN where the row has one
+        values_nH, squares_nH, spare_nH = (memory[: len(block_nH)] for memory in self._memory)
+        np.copyto(values_nH, block_nH)
+        np.multiply(values_nH, values_nH, out=squares_nH)
+        magnitudes = np.sqrt(squares_nH.max(axis=1))  # the root of a square is the number; NaN where the row has one
         counted = magnitudes < LIMIT
-        rows = np.arange(self._row, self._row + len(block_nH))
-        self._row += len(block_nH)
         if not counted.all():
             strange = block_nH[~counted]
             self._nan += int(np.isnan(strange).sum())
             self._inf += int(np.isinf(strange).sum())
-            block_nH, magnitudes, rows = block_nH[counted], magnitudes[counted], rows[counted]
-            if not len(rows):
-                return
-        self._rows += len(rows)
+            values_nH, squares_nH, spare_nH = values_nH[counted], squares_nH[counted], spare_nH[counted]
+            magnitudes = np.where(counted, magnitudes, -1.0)
         largest = int(magnitudes.argmax())
-        if magnitudes[largest] > self._max_abs:
-            self._max_abs, self._max_abs_row = float(magnitudes[largest]), int(rows[largest])
-        values_nH, squares_nH, spare_nH = (memory[: len(rows)] for memory in (self._values, self._squares, self._spare))
-        np.copyto(values_nH, block_nH)
-        np.multiply(values_nH, values_nH, out=squares_nH)
-        norms = np.sqrt(squares_nH.sum(axis=1))
-        self._min_norm = min(self._min_norm, float(norms.min()))
-        self._max_norm = max(self._max_norm, float(norms.max()))
-        self._norms += np.bincount(bins_of(norms), minlength=BINS)
-        _add_fixed(self._moments[:2], values_nH, spare_nH)
-        _add_fixed(self._moments[2:], squares_nH, spare_nH)
+        most = float(magnitudes[largest])
+        if most > self._max_abs:
+            self._max_abs, self._max_abs_row = most, self._row + largest
+        self._row += len(block_nH)
+        self._norms.append(np.sqrt(squares_nH.sum(axis=1)))
+        _add_fixed(self._moments[:2], values_nH, spare_nH, most)
+        _add_fixed(self._moments[2:], squares_nH, spare_nH, most**2)
 
     def result(self) -> tuple[ShardStatistics, Sums]:
         """The statistics of all rows so far."""
-        moments = self._moments.copy()
+        moments, norms = self._moments.copy(), np.concatenate([np.empty(0), *self._norms])
         for whole, fraction in (moments[:2], moments[2:]):
             whole += fraction >> UNIT_BITS
             fraction &= 2**UNIT_BITS - 1
         statistics = ShardStatistics(
-            rows=self._rows,
+            rows=len(norms),
             nan=self._nan,
             inf=self._inf,
             max_abs=max(0.0, self._max_abs),
             max_abs_row=self._max_abs_row,
-            min_norm=self._min_norm if self._rows else 0.0,
-            max_norm=self._max_norm,
+            min_norm=float(norms.min()) if len(norms) else 0.0,
+            max_norm=float(norms.max(initial=0.0)),
         )
-        return statistics, Sums(moments=moments, norms=self._norms.astype(np.int32))
+        return statistics, Sums(moments=moments, norms=np.bincount(bins_of(norms), minlength=BINS).astype(np.int32))
 
 
-def _add_fixed(sums_2H: NDArray[np.int64], values_nH: NDArray[np.float64], spare_nH: NDArray[np.float64]) -> None:
-    """Adds whole parts and fractions of each column, and leaves neither array as it was; every step is exact in float64
-    but the rounding to 1/U."""
-    np.floor(values_nH, out=spare_nH)
-    sums_2H[0] += spare_nH.sum(axis=0).astype(np.int64)
-    np.subtract(values_nH, spare_nH, out=values_nH)
-    values_nH *= _UNITS
-    np.rint(values_nH, out=values_nH)
-    sums_2H[1] += values_nH.sum(axis=0).astype(np.int64)
+def _add_fixed(
+    sums_2H: NDArray[np.int64], values_nH: NDArray[np.float64], spare_nH: NDArray[np.float64], most: float
+) -> None:
+    """Adds whole parts and fractions of each column, and leaves neither array as it was. most: the largest magnitude.
+    Every step is exact but the rounding to 1/U, half to even."""
+    if most >= _SPLIT:  # multiples of that first, which leaves at most half of it
+        np.add(values_nH, _TO_SPLITS, out=spare_nH)
+        spare_nH -= _TO_SPLITS
+        values_nH -= spare_nH
+        sums_2H[0] += spare_nH.sum(axis=0).astype(np.int64)
+    np.add(values_nH, _TO_UNITS, out=spare_nH)
+    # the bits of such a float64 count units, as an integer that is _BITS for 0; modulo 2**64 any sum of them is exact
+    total = spare_nH.view(np.uint64).sum(axis=0) - np.uint64(len(spare_nH) * _BITS % 2**64)
+    units = total.view(np.int64)
+    sums_2H[0] += units >> UNIT_BITS
+    sums_2H[1] += units & (2**UNIT_BITS - 1)
 
 
 def bins_of(norms: NDArray[np.float64]) -> NDArray[np.intp]:

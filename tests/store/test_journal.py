@@ -46,7 +46,7 @@ def test_what_was_said_is_read(folder: Path) -> None:
     with closing(JournalWriter(folder, 0)) as zero, closing(JournalWriter(folder, 1)) as one:
         zero.rows({POINT: [(0, 3), (8, 2)], FINAL: [(0, 3), (8, 2)]}, {(POINT, 0): error(3), (POINT, 1): error(2)})
         one.rows({POINT: [(3, 2)]}, {(POINT, 0): error(2, 2**60, 0.5)})
-        one.sealed((POINT, 4), entry(4, error(5)))
+        one.sealed({(POINT, 4): entry(4, error(5))})
         assert len(files(folder)) == 2  # readable while it is written
         found = journal.read(folder)
     assert found == Record(
@@ -78,7 +78,7 @@ def test_every_line_is_durable_before_the_call_returns(folder: Path, monkeypatch
     with closing(JournalWriter(folder, 0)) as out:
         assert done == ["sync"]  # the file's name
         out.rows({POINT: [(0, 1)]}, {})
-        out.sealed((POINT, 1), entry(1))
+        out.sealed({(POINT, 1): entry(1)})
     assert done == ["sync", "write", "sync", "write", "sync"]
 
 
@@ -143,7 +143,7 @@ def test_a_journal_that_was_replaced_says_the_same(folder: Path) -> None:
     with closing(JournalWriter(folder, 0)) as zero, closing(JournalWriter(folder, 1)) as one:
         zero.rows({POINT: [(0, 3)], FINAL: [(0, 3)]}, {(POINT, 0): error(3)})
         one.rows({POINT: [(7, 1)]}, {(POINT, 1): error(1)})
-        one.sealed((FINAL, 4), entry(4))
+        one.sealed({(FINAL, 4): entry(4)})
     before = journal.read(folder)
     journal.replace(folder, before)
     assert len(files(folder)) == 1 and journal.read(folder) == before

@@ -97,7 +97,7 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     make_store(tmp_path / "store")
     after = seen[max(i for i, what in enumerate(seen) if what.startswith("rename 000")) + 1 :]
     assert after == [
-        "fsync",  # the folder of the last shard
+        "fsync",  # the folder of the last shards
         "fsync",  # the journal's line
         "fsync",  # the folder
         "fsync",  # the manifest's text

@@ -91,9 +91,10 @@ def _work(path: Path, points: tuple[HookPoint, ...], producer: dict[str, str], *
 
 
 def _write(path: Path, target: Manifest) -> None:
-    """A few rows at a time, each of them made durable."""
+    """A few rows at a time, each of them made durable; most shards are sealed meanwhile, others after a kill at the
+    end."""
     _, done = session.progress(path, target)
-    with ShardWriter(path, target, rank=0, done=done, commit_secs=0.0) as writer:
+    with ShardWriter(path, target, rank=0, done=done, commit_secs=0.0, sealing_threads=2) as writer:
         for first in range(0, target.rows, 3):
             for seed, point in enumerate(target.points):
                 size = min(3, target.rows - first)

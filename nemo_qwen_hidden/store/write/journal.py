@@ -70,9 +70,9 @@ class JournalWriter:
         """These rows are durable. errors: of these rows alone."""
         self._write(_row_lines(rows, errors))
 
-    def sealed(self, shard: Shard, entry: ShardEntry) -> None:
-        """A shard has its final name and content."""
-        self._write([_sealed_line(shard, entry)])
+    def sealed(self, shards: Mapping[Shard, ShardEntry]) -> None:
+        """These shards have their final names and content."""
+        self._write(_sealed_line(shard, entry) for shard, entry in shards.items())
 
     def close(self) -> None:
         os.close(self._descriptor)

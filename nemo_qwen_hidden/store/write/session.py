@@ -10,11 +10,12 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from nemo_qwen_hidden.errors import CoverageError, StoreError
@@ -44,9 +45,10 @@ from nemo_qwen_hidden.store.statistics import StoredError
 from nemo_qwen_hidden.store.write import journal
 from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
 from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock, wait_for_ranks
-from nemo_qwen_hidden.store.write.seal import seal
+from nemo_qwen_hidden.store.write.seal import measure, publish
 
 _LOCK = ".lock"
+_NAMED_AT_ONCE = 16  # shards that are sealed together, so that names and journal are made durable once for all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +244,7 @@ def to_seal(path: Path, target: Manifest) -> tuple[Record, list[Shard]]:
 def seal_shards(
     path: Path,
     target: Manifest,
-    shards: Iterable[Shard],
+    shards: Sequence[Shard],
     errors: Mapping[Shard, StoredError],
     *,
     rank: int,
@@ -254,8 +256,8 @@ def seal_shards(
         errors: what storing the rows of each shard cost.
     """
 
-    def finished(shard: Shard) -> tuple[Shard, ShardEntry]:
-        return shard, seal(path, target, shard, errors.get(shard))
+    def measured(shard: Shard) -> tuple[Shard, ShardEntry]:
+        return shard, measure(path, target, shard, errors.get(shard), durable=True)
 
     with ExitStack() as stack:
         stack.enter_context(naming_store(path, JOURNAL))
@@ -263,8 +265,10 @@ def seal_shards(
         written = stack.enter_context(closing(JournalWriter(path, rank)))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         stack.callback(pool.shutdown, cancel_futures=True)
-        for shard, entry in pool.map(finished, shards):
-            written.sealed(shard, entry)
+        entries = pool.map(measured, shards)
+        while some := dict(islice(entries, _NAMED_AT_ONCE)):
+            publish(path, some)
+            written.sealed(some)
 
 
 def finish(path: Path, target: Manifest) -> Manifest:

@@ -10,13 +10,11 @@ Everything here counts states. In a store that keeps the states of all rows, the
 Legend: n states of one call, H numbers in each, the entry's ``width``.
 """
 
-import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -26,16 +24,16 @@ import torch
 from nemo_qwen_hidden.errors import CoverageError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
-from nemo_qwen_hidden.store.files import naming_store, write_all
-from nemo_qwen_hidden.store.format import JOURNAL, PARTIAL, Shard, shard_name
-from nemo_qwen_hidden.store.header import Header
+from nemo_qwen_hidden.store.files import naming_store
+from nemo_qwen_hidden.store.format import JOURNAL, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.shard import DIVISOR, SCALE, header_of
 from nemo_qwen_hidden.store.statistics import StoredError, add_error
-from nemo_qwen_hidden.store.tensors import row_bytes
-from nemo_qwen_hidden.store.write.encode import Encoded, encode
+from nemo_qwen_hidden.store.write.encode import encode
 from nemo_qwen_hidden.store.write.journal import JournalWriter
 from nemo_qwen_hidden.store.write.locks import rank_lock
+from nemo_qwen_hidden.store.write.seal import publish
+from nemo_qwen_hidden.store.write.sealer import Sealer
+from nemo_qwen_hidden.store.write.shard_files import Batch, Piece, ShardFiles
 
 QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 10.0
@@ -52,29 +50,6 @@ class RowRun(Protocol):
     def length(self) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Consecutive states of a call that are to be written; the first is at ``index`` of its values."""
-
-    first_state: int
-    length: int
-    index: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one call hands to the disk thread."""
-
-    point: HookPoint
-    pieces: tuple[Piece, ...]
-    encoded: Encoded
-    divisor: torch.Tensor | None
-
-    @property
-    def bytes(self) -> int:
-        return self.encoded.values.nbytes
-
-
 class ShardWriter:
     """Writes states of the hook points that this rank can see to shards under temporary names.
 
@@ -84,7 +59,9 @@ class ShardWriter:
         nonfinite: ``refuse`` or ``keep`` infinite values and NaN. commit_secs: after this time what was written is made
             durable, so that a crash costs at most the work of that long. queue_bytes: of states that wait for the disk;
             ``write`` blocks beyond it. progressed: called whenever the disk has taken something.
-        max_open_files: shards kept open at once.
+        max_open_files: shards kept open at once. sealing_threads: where not 0, shards that this writer fills alone are
+            sealed as they become whole, by one thread that takes only the time others leave, and after ``close`` was
+            called by that many; 0 leaves all shards to ``session.seal_shards``.
 
     A context manager: it closes, or only lets go of its files where the block raised.
     """
@@ -101,6 +78,7 @@ class ShardWriter:
         queue_bytes: int = QUEUE_BYTES,
         progressed: Callable[[], None] = lambda: None,
         max_open_files: int = 64,
+        sealing_threads: int = 0,
     ) -> None:
         self._target, self._nonfinite = target, nonfinite
         self._missing = {
@@ -111,9 +89,12 @@ class ShardWriter:
             stack.enter_context(rank_lock(folder, target.producers))
             journal = JournalWriter(folder, rank)
             stack.callback(journal.close)
-            files = _ShardFiles(folder, target, max_open_files)
+            files = ShardFiles(folder, target, max_open_files)
             stack.callback(files.close)
-            self._disk = _DiskThread(files, journal, commit_secs, queue_bytes, progressed)
+            sealer = Sealer(folder, target, threads=sealing_threads, progressed=progressed)
+            self._disk = _DiskThread(
+                folder, files, journal, sealer, commit_secs=commit_secs, queue_bytes=queue_bytes, progressed=progressed
+            )
             self._resources = stack.pop_all()
 
     def write(
@@ -217,77 +198,6 @@ class ShardWriter:
             raise ValueError(f"divisors must be float32 on the CPU, but are {divisor_n.dtype} on {divisor_n.device}")
 
 
-class _ShardFiles:
-    """Shards under temporary names, some of them open."""
-
-    def __init__(self, folder: Path, target: Manifest, max_open: int) -> None:
-        self._folder, self._target, self._max_open = folder, target, max_open
-        self._open: OrderedDict[Shard, int] = OrderedDict()  # descriptors, least recently used first
-        self._headers: dict[Shard, Header] = {}
-        self._unsynced: dict[Shard, None] = {}
-
-    def write(self, batch: Batch) -> dict[Shard, StoredError]:
-        """Writes all states of a batch; what storing them cost, by shard, where it cost anything."""
-        dtype, encoded = self._target.dtype, batch.encoded
-        of_each_state = {SCALE: encoded.scale, DIVISOR: batch.divisor}
-        columns = [(str(batch.point), self._target.entry(batch.point).width * dtype.bytes, row_bytes(encoded.values))]
-        columns += [(name, 4, row_bytes(column)) for name, column in of_each_state.items() if column is not None]
-        errors: dict[Shard, StoredError] = {}
-        with naming_store(self._folder, str(batch.point)):
-            for piece in batch.pieces:
-                for number, state, size in self._target.grid.pieces(piece.first_state, piece.length):
-                    shard, start = (batch.point, number), piece.index + state - piece.first_state
-                    in_shard = state - self._target.grid.starts[number]
-                    for name, item, data in columns:
-                        self._put(shard, name, in_shard * item, data[start * item : (start + size) * item])
-                    if encoded.error is not None:
-                        add_error(errors, shard, StoredError.of(encoded.error[start : start + size]))
-        return errors
-
-    def sync(self) -> None:
-        """Returns when everything written is durable."""
-        for shard in list(self._unsynced):
-            with naming_store(self._folder, str(shard[0])):
-                os.fsync(self._descriptor(shard))
-        self._unsynced.clear()
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def _put(self, shard: Shard, tensor: str, offset: int, data: memoryview) -> None:
-        if shard not in self._headers:
-            self._headers[shard] = self._make(shard)
-        write_all(self._descriptor(shard), data, self._headers[shard].offsets[tensor] + offset)
-        self._unsynced[shard] = None
-
-    def _make(self, shard: Shard) -> Header:
-        """Makes the file unless another rank has.
-
-        Every rank writes the same header and sets the same length, so it does not matter who comes first.
-        ``posix_fallocate`` would reserve the space too, but where the file system lacks it glibc writes zeros into
-        blocks that look empty, and can so wipe out what another rank writes at that moment.
-        """
-        start, header = header_of(shard, self._target)
-        (self._folder / str(shard[0])).mkdir(exist_ok=True)
-        descriptor = self._descriptor(shard, os.O_CREAT)
-        os.ftruncate(descriptor, header.size_bytes)
-        write_all(descriptor, start, 0)
-        return header
-
-    def _descriptor(self, shard: Shard, create: int = 0) -> int:
-        """An open descriptor of the shard. Closing one to make place does not sync: ``sync`` opens it again, and
-        the kernel reports a failed write-back to whoever syncs next."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        while len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
-        path = self._folder / str(shard[0]) / (shard_name(shard[1]) + PARTIAL)
-        self._open[shard] = os.open(path, create | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        return self._open[shard]
-
-
 class _DiskThread:
     """Takes batches from a queue to the disk, and from time to time makes them durable and says so in the journal.
 
@@ -296,13 +206,16 @@ class _DiskThread:
 
     def __init__(
         self,
-        files: _ShardFiles,
+        folder: Path,
+        files: ShardFiles,
         journal: JournalWriter,
+        sealer: Sealer,
+        *,
         commit_secs: float,
         queue_bytes: int,
         progressed: Callable[[], None],
     ) -> None:
-        self._files, self._journal = files, journal
+        self._folder, self._files, self._journal, self._sealer = folder, files, journal, sealer
         self._commit_secs, self._queue_bytes, self._progressed = commit_secs, queue_bytes, progressed
         self._changed = threading.Condition()
         self._queue: deque[Batch] = deque()
@@ -355,16 +268,26 @@ class _DiskThread:
                 batch = self._next(committed + self._commit_secs - time.monotonic() if self._states else None)
                 if batch is not None:
                     self._write(batch)
+                elif self._closing and not self._queue:
+                    self._conclude()
+                    return
                 if batch is None or time.monotonic() - committed > self._commit_secs:
                     self._commit()
-                    if batch is None and self._closing and not self._queue:
-                        return
                     committed = time.monotonic()
         except BaseException as failure:
             with self._changed:
                 self._failure = failure
                 self._queue.clear()
                 self._changed.notify_all()
+        finally:
+            self._sealer.abandon()
+
+    def _conclude(self) -> None:
+        """Shards are read while the disk takes what is left, so that this takes as long as the slower of both."""
+        self._sealer.hurry()
+        self._commit()
+        self._sealer.finish()
+        self._commit()
 
     def _next(self, patience_secs: float | None) -> Batch | None:
         """The next batch; None where there is none in that time (None: however long), or no more will come. It counts
@@ -375,11 +298,11 @@ class _DiskThread:
             return self._queue[0] if self._queue else None
 
     def _write(self, batch: Batch) -> None:
-        errors = self._files.write(batch)
-        for shard, error in errors.items():
-            add_error(self._errors, shard, error)
-        states = self._states.setdefault(batch.point, [])
-        states += ((piece.first_state, piece.length) for piece in batch.pieces)
+        for written in self._files.write(batch):
+            if written.error is not None:
+                add_error(self._errors, written.shard, written.error)
+            self._states.setdefault(batch.point, []).append((written.first_state, written.states))
+            self._sealer.written(written)
         with self._changed:
             self._queue.popleft()
             self._queued_bytes -= batch.bytes
@@ -387,10 +310,20 @@ class _DiskThread:
         self._progressed()
 
     def _commit(self) -> None:
-        if not self._states:
+        """In this order: bytes are durable, rows are claimed, shards get their names, and are claimed."""
+        measured = self._sealer.measured()
+        if not (self._states or measured):
             return
-        self._files.sync()
+        self._files.sync(measured)
         self._progressed()
+        if self._states:
+            self._claim()
+        if measured:
+            publish(self._folder, measured)
+            self._files.forget(measured)
+            self._journal.sealed(measured)
+
+    def _claim(self) -> None:
         durable = {point: RowSet(ranges) for point, ranges in self._states.items()}
         for point, states in durable.items():
             if len(states) != sum(length for _, length in self._states[point]):
