@@ -36,6 +36,7 @@ from nemo_qwen_hidden.store.tensors import row_bytes
 from nemo_qwen_hidden.store.write.encode import Encoded, encode
 from nemo_qwen_hidden.store.write.journal import JournalWriter
 from nemo_qwen_hidden.store.write.locks import rank_lock
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 10.0
@@ -84,7 +85,7 @@ class ShardWriter:
         nonfinite: ``refuse`` or ``keep`` infinite values and NaN. commit_secs: after this time what was written is made
             durable, so that a crash costs at most the work of that long. queue_bytes: of states that wait for the disk;
             ``write`` blocks beyond it. progressed: called whenever the disk has taken something.
-        max_open_files: shards kept open at once.
+        max_open_files: shards kept open at once. trace: is told of encoding, waiting, writing and syncing.
 
     A context manager: it closes, or only lets go of its files where the block raised.
     """
@@ -101,8 +102,9 @@ class ShardWriter:
         queue_bytes: int = QUEUE_BYTES,
         progressed: Callable[[], None] = lambda: None,
         max_open_files: int = 64,
+        trace: Trace = UNTRACED,
     ) -> None:
-        self._target, self._nonfinite = target, nonfinite
+        self._target, self._nonfinite, self._trace = target, nonfinite, trace
         self._missing = {
             entry.point: RowSet([(0, target.states)]) - (done or {}).get(entry.point, RowSet())
             for entry in target.hook_points
@@ -113,7 +115,7 @@ class ShardWriter:
             stack.callback(journal.close)
             files = _ShardFiles(folder, target, max_open_files)
             stack.callback(files.close)
-            self._disk = _DiskThread(files, journal, commit_secs, queue_bytes, progressed)
+            self._disk = _DiskThread(files, journal, commit_secs, queue_bytes, progressed, trace)
             self._resources = stack.pop_all()
 
     def write(
@@ -141,12 +143,13 @@ class ShardWriter:
         if pieces:
             dtype = self._target.dtype
             name, what = str(hook_point), "row" if self._target.states == self._target.rows else "state"
-            encoded = encode(
-                values_nH,
-                dtype,
-                nonfinite=self._nonfinite,
-                row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
-            )
+            with self._trace.span("encode", hook_point=hook_point, states=len(values_nH)):
+                encoded = encode(
+                    values_nH,
+                    dtype,
+                    nonfinite=self._nonfinite,
+                    row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
+                )
             self._disk.put(
                 Batch(
                     point=hook_point,
@@ -301,8 +304,9 @@ class _DiskThread:
         commit_secs: float,
         queue_bytes: int,
         progressed: Callable[[], None],
+        trace: Trace,
     ) -> None:
-        self._files, self._journal = files, journal
+        self._files, self._journal, self._trace = files, journal, trace
         self._commit_secs, self._queue_bytes, self._progressed = commit_secs, queue_bytes, progressed
         self._changed = threading.Condition()
         self._queue: deque[Batch] = deque()
@@ -319,11 +323,12 @@ class _DiskThread:
         with self._changed:
             if self._closing:
                 raise ValueError("the writer is closed")
-            self._changed.wait_for(lambda: self._failure or not self._queue or self._fits(batch))
+            if not self._has_room(batch):
+                with self._trace.span("wait for disk", queued_bytes=self._queued_bytes):
+                    self._changed.wait_for(lambda: self._has_room(batch))
             self._raise_failure()
             self._queue.append(batch)
-            self._queued_bytes += batch.bytes
-            self._changed.notify_all()
+            self._count(batch.bytes)
 
     def finish(self) -> None:
         """Returns when all is durable and the thread has ended."""
@@ -339,10 +344,19 @@ class _DiskThread:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        with self._trace.span("wait for disk", queued_bytes=self._queued_bytes):
+            self._thread.join()
 
-    def _fits(self, batch: Batch) -> bool:
-        return self._queued_bytes + batch.bytes <= self._queue_bytes
+    def _has_room(self, batch: Batch) -> bool:
+        """Whether ``put`` need not wait: also where it is to raise, or one batch is larger than the queue."""
+        fits = self._queued_bytes + batch.bytes <= self._queue_bytes
+        return fits or not self._queue or self._failure is not None
+
+    def _count(self, more_bytes: int) -> None:
+        """The queue has changed."""
+        self._queued_bytes += more_bytes
+        self._trace.count("queued bytes", self._queued_bytes)
+        self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -375,27 +389,29 @@ class _DiskThread:
             return self._queue[0] if self._queue else None
 
     def _write(self, batch: Batch) -> None:
-        errors = self._files.write(batch)
+        with self._trace.span("write", hook_point=batch.point, bytes=batch.bytes):
+            errors = self._files.write(batch)
         for shard, error in errors.items():
             add_error(self._errors, shard, error)
         states = self._states.setdefault(batch.point, [])
         states += ((piece.first_state, piece.length) for piece in batch.pieces)
         with self._changed:
             self._queue.popleft()
-            self._queued_bytes -= batch.bytes
-            self._changed.notify_all()
+            self._count(-batch.bytes)
         self._progressed()
 
     def _commit(self) -> None:
         if not self._states:
             return
-        self._files.sync()
+        with self._trace.span("sync"):
+            self._files.sync()
         self._progressed()
         durable = {point: RowSet(ranges) for point, ranges in self._states.items()}
         for point, states in durable.items():
             if len(states) != sum(length for _, length in self._states[point]):
                 raise CoverageError(f"states of {point} were written more than once by one rank")
-        self._journal.rows({point: states.ranges for point, states in durable.items()}, self._errors)
+        with self._trace.span("journal"):
+            self._journal.rows({point: states.ranges for point, states in durable.items()}, self._errors)
         self._states, self._errors = {}, {}
 
 
