@@ -194,7 +194,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         check_target(job.store_path)
         if job.trace_path is not None:
             check_place(job.trace_path)
-            _check_outside(job, job.trace_path)
+            _check_trace_apart(job, job.trace_path, reads_data=reads_data)
         if reads_data:
             _check_apart(job)
     return job
@@ -253,13 +253,13 @@ def _check_apart(job: Job) -> None:
         raise ConfigError("store.path", rule, str(job.store_path))
 
 
-def _check_outside(job: Job, trace: Path) -> None:
-    """Nothing but what belongs to it may lie in a store, and the log stands beside it."""
+def _check_trace_apart(job: Job, trace: Path, *, reads_data: bool) -> None:
+    """In a store nothing may lie but what belongs to it."""
     store, file = Path(os.path.abspath(job.store_path)), Path(os.path.abspath(trace))
     if file == store or store in file.parents or file == job.log_path:
         rule = f"must not be the log or lie in the store ({job.store_path})"
         raise ConfigError("profile.trace", rule, str(trace))
-    if _would_read(job.data_path, file):
+    if reads_data and _would_read(job.data_path, file):
         rule = f"must lie where `data.path` ({job.data_path}) reads nothing, since all there is taken for data"
         raise ConfigError("profile.trace", rule, str(trace))
 

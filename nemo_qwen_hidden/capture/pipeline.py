@@ -32,6 +32,7 @@ from nemo_qwen_hidden.plan.stages import points_of_stage, stage_of, stage_of_lay
 from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 SENDS_IN_FLIGHT = 2
+ROUNDS_OF_A_TURN = 2
 
 TokenRows = Callable[[int, int], Tensor]
 """(first row, length) to token ids, int64 [length]."""
@@ -176,9 +177,10 @@ class Pipeline:
                     stage.model.set_input_tensor(None)
 
     def _order(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Stage]]:
-        """What this rank runs, in the order that all pipeline ranks share: with virtual stages, pp microbatches go
-        through one stage before the rank turns to its next, so that the first is back by then."""
-        at_once = 1 if len(self.stages) == 1 else self.groups.topology.pp
+        """What this rank runs, in the order that all pipeline ranks share. With virtual stages several microbatches go
+        through one stage before the rank turns to its next. Of pp the first would be back just then, if none took
+        longer than another; of twice as many it is back in time when some do."""
+        at_once = 1 if len(self.stages) == 1 else ROUNDS_OF_A_TURN * self.groups.topology.pp
         stream = iter(microbatches)
         while group := list(islice(stream, at_once)):
             for stage in self.stages:
