@@ -50,7 +50,8 @@ def trace(job: Job, done: Summary, terminal: Terminal) -> None:
         (each.label, _seconds(each.secs), *(f"{100 * share:.1f}" for share in each.shares.values()))
         for each in shares(job.trace_path)
     ]
-    terminal.grid(header, rows, "percent of the time while running (peer, disk: waiting)")
+    if rows:  # else what was left to do was to finish shards
+        terminal.grid(header, rows, "percent of the time while running (peer, disk: waiting)")
     terminal.line(f"trace in {job.trace_path}: ui.perfetto.dev opens it")
 
 
