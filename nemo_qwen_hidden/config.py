@@ -159,6 +159,13 @@ class RuntimeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """trace: a file for what each rank does when, see ``docs/profiling.md``; None records nothing."""
+
+    trace: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One run."""
 
@@ -170,6 +177,7 @@ class Settings:
     tokens: TokenSettings = field(default_factory=TokenSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     @property
     def stored_dtype(self) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_qwen_hidden import target
-from nemo_qwen_hidden.config import BYTES, MEANS
+from nemo_qwen_hidden.config import BYTES, MEANS, ProfileSettings
 from nemo_qwen_hidden.errors import ConfigError, DataError
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS
 from nemo_qwen_hidden.job import Job
@@ -121,6 +121,7 @@ def norm_job(job: Job) -> Job | None:
         settings,
         tokens=replace(tokens, max_norm=None, max_norm_at=None),
         store=replace(store, path=str(path), overwrite=True, add=None),
+        profile=ProfileSettings(),
         precision=replace(settings.precision, stored="fp32", nonfinite="keep"),
     )
     return replace(job, settings=chosen, points=(point,), norms_only=True)

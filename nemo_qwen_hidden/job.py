@@ -28,6 +28,7 @@ from nemo_qwen_hidden.plan.stages import Split, points_of_stage, stages_of
 from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
 from nemo_qwen_hidden.store.write.session import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
+from nemo_qwen_hidden.trace.whole import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,12 @@ class Job:
         """The file beside the store for what libraries say while it is made."""
         store = Path(os.path.abspath(self.store_path))
         return store.with_name(f"{store.name}.log")
+
+    @property
+    def trace_path(self) -> Path | None:
+        """The file for what ranks do when; None where nobody asked for it."""
+        path = self.settings.profile.trace
+        return None if path is None else Path(path).expanduser()
 
     def rank_bytes(self, stage: int) -> Need:
         """Bytes of a rank for this stage."""
@@ -185,6 +192,9 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
     )
     if for_store:
         check_target(job.store_path)
+        if job.trace_path is not None:
+            check_place(job.trace_path)
+            _check_trace_apart(job, job.trace_path, reads_data=reads_data)
         if reads_data:
             _check_apart(job)
     return job
@@ -241,6 +251,17 @@ def _check_apart(job: Job) -> None:
     if any(_would_read(job.data_path, path) for path in (job.log_path, store / MARKER, documents, *shards)):
         rule = f"must lie where `data.path` ({job.data_path}) reads nothing, since all there is taken for data"
         raise ConfigError("store.path", rule, str(job.store_path))
+
+
+def _check_trace_apart(job: Job, trace: Path, *, reads_data: bool) -> None:
+    """In a store nothing may lie but what belongs to it."""
+    store, file = Path(os.path.abspath(job.store_path)), Path(os.path.abspath(trace))
+    if file == store or store in file.parents or file == job.log_path:
+        rule = f"must not be the log or lie in the store ({job.store_path})"
+        raise ConfigError("profile.trace", rule, str(trace))
+    if reads_data and _would_read(job.data_path, file):
+        rule = f"must lie where `data.path` ({job.data_path}) reads nothing, since all there is taken for data"
+        raise ConfigError("profile.trace", rule, str(trace))
 
 
 def _would_read(data_path: str, path: Path) -> bool:

@@ -26,6 +26,7 @@ from nemo_qwen_hidden.progress import Phase, Progress, Report, silent
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.trace.record import Trace
 
 if TYPE_CHECKING:
     import torch
@@ -82,35 +83,39 @@ def run(
     """
     import torch
 
+    from nemo_qwen_hidden.parallel.traced import traced
+
     torch.set_num_threads(job.settings.runtime.threads or fair_threads(job.topology.world))
     place = groups.place
     speaks = place.tp == 0 and place.cp == 0 and place.pp == 0
     start = time.perf_counter()
-    if len(begun.missing):
-        start = _run_missing(job, begun, groups, report if speaks else silent, pulse or Pulse())
-    if speaks:
-        report(Phase("finishing shards"))
-    _seal(job, begun, groups)
-    return RankResult(
-        seconds=time.perf_counter() - start,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
+    with traced(job.trace_path, groups) as trace:
+        if len(begun.missing):
+            start = _run_missing(job, begun, groups, report if speaks else silent, pulse or Pulse(), trace)
+        if speaks:
+            report(Phase("finishing shards"))
+        _seal(job, begun, groups, trace)
+        return RankResult(
+            seconds=time.perf_counter() - start,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
 
 
-def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report, pulse: Pulse) -> float:
+def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report, pulse: Pulse, trace: Trace) -> float:
     """Runs what is missing, until it is durable; the time at which computing began, in seconds of ``perf_counter``."""
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.parallel.agree import wait_for_all
 
     report(Phase("loading weights"))
-    model = Qwen2HiddenModel.from_pretrained(
-        job.model_folder,
-        groups=groups,
-        dtype=job.settings.precision.compute,
-        num_layers=job.num_layers,
-        final_norm=job.final_norm,
-        split=job.split,
-    )
+    with trace.span("loading weights"):
+        model = Qwen2HiddenModel.from_pretrained(
+            job.model_folder,
+            groups=groups,
+            dtype=job.settings.precision.compute,
+            num_layers=job.num_layers,
+            final_norm=job.final_norm,
+            split=job.split,
+        )
     report(Phase("running"))
     wait_for_all(groups)  # so that the time of running counts nobody's start-up
     start, rows, heap = time.perf_counter(), 0, HeapTrimmer()
@@ -123,12 +128,14 @@ def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report
         report(Progress(groups.place.dp, rows))
 
     gathers = job.settings.capture.gather == "rank0"
-    (_run_gathering if gathers else _run_writing)(job, begun, model, groups, done, pulse)
-    wait_for_all(groups)
+    with trace.span("running"):
+        (_run_gathering if gathers else _run_writing)(job, begun, model, groups, done, pulse, trace)
+        with trace.span("wait for all"):
+            wait_for_all(groups)
     return start
 
 
-def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse) -> "ShardWriter":
+def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse, trace: Trace) -> "ShardWriter":
     import torch
 
     from nemo_qwen_hidden.store.write.writer import ShardWriter
@@ -142,11 +149,18 @@ def _shard_writer(job: Job, begun: Begun, groups: "ProcessGroups", pulse: Pulse)
         commit_secs=job.settings.store.commit_secs,
         progressed=pulse.progressed,
         sealing_threads=torch.get_num_threads(),
+        trace=trace,
     )
 
 
 def _run_writing(
-    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Done, pulse: Pulse
+    job: Job,
+    begun: Begun,
+    model: "Qwen2HiddenModel",
+    groups: "ProcessGroups",
+    done: Done,
+    pulse: Pulse,
+    trace: Trace,
 ) -> None:
     """Every rank writes what it holds; nothing is sent for it."""
     import torch
@@ -162,7 +176,7 @@ def _run_writing(
         found: NDArray[np.float32] = table.weight[first_row : first_row + length]
         return found
 
-    with _shard_writer(job, begun, groups, pulse) as writer:
+    with _shard_writer(job, begun, groups, pulse, trace) as writer:
 
         def sink(piece: LocalSlice) -> None:
             _write(job, writer, table, piece)
@@ -172,11 +186,18 @@ def _run_writing(
 
         with pulse.running():
             capture = _capture(job, begun, _choice(begun.manifest, table.kept_rows, weights))
-            model.capture(_microbatches(job, begun, table), tokens, capture=capture, sink=sink, done=counted)
+            stream = _microbatches(job, begun, table)
+            model.capture(stream, tokens, capture=capture, sink=sink, done=counted, trace=trace)
 
 
 def _run_gathering(
-    job: Job, begun: Begun, model: "Qwen2HiddenModel", groups: "ProcessGroups", done: Done, pulse: Pulse
+    job: Job,
+    begun: Begun,
+    model: "Qwen2HiddenModel",
+    groups: "ProcessGroups",
+    done: Done,
+    pulse: Pulse,
+    trace: Trace,
 ) -> None:
     """Rank 0 alone touches the store: it hands out the tokens of some microbatches, and gets their states back."""
     import torch
@@ -188,7 +209,8 @@ def _run_gathering(
     if job.norms_only:  # norms are taken from the states that arrive
         widths = dict.fromkeys(widths, job.architecture.shape.hidden_size)
     with ExitStack() as stack:
-        writer = stack.enter_context(_shard_writer(job, begun, groups, pulse)) if groups.place.rank == 0 else None
+        first = groups.place.rank == 0
+        writer = stack.enter_context(_shard_writer(job, begun, groups, pulse, trace)) if first else None
         table = _token_table(job, begun) if writer is not None else None
         stack.enter_context(pulse.running())
         rounds = _rounds(job, begun, table) if table is not None else iter(())
@@ -202,7 +224,7 @@ def _run_gathering(
                 done(sum(work.states(segment) for segment in microbatch.segments))
 
             capture = _capture(job, begun, _choice(begun.manifest, work.kept_rows, work.weights))
-            model.capture(work.microbatches, tokens, capture=capture, sink=buffer, done=counted)
+            model.capture(work.microbatches, tokens, capture=capture, sink=buffer, done=counted, trace=trace)
             expected = holdings(work.microbatches, capture, job.stages, job.topology)
             slices = gather_slices(
                 buffer,
@@ -212,9 +234,10 @@ def _run_gathering(
                 dtype=capture.dtype(model.config.params_dtype),
                 divisors=begun.manifest.pooling not in MEANS,
             )
-            for piece in slices:
-                assert writer is not None and table is not None
-                _write(job, writer, table, piece)
+            with trace.span("gather"):
+                for piece in slices:
+                    assert writer is not None and table is not None
+                    _write(job, writer, table, piece)
 
 
 def _write(job: Job, writer: "ShardWriter", table: TokenTable, piece: "LocalSlice") -> None:
@@ -257,7 +280,7 @@ def _choice(manifest: Manifest, kept_rows: KeptRows, weights: Weights) -> "Choic
     return Choice(weights=weight) if manifest.pooling in MEANS else Choice(kept=kept)
 
 
-def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
+def _seal(job: Job, begun: Begun, groups: "ProcessGroups", trace: Trace) -> None:
     """Divides the shards that no rank has filled and sealed alone among the ranks that see the store."""
     import torch
 
@@ -268,8 +291,11 @@ def _seal(job: Job, begun: Begun, groups: "ProcessGroups") -> None:
     sealing = 1 if job.settings.capture.gather == "rank0" else groups.topology.world
     mine = shards[rank::sealing] if rank < sealing else []
     if mine:
-        session.seal_shards(path, manifest, mine, record.errors, rank=rank, threads=torch.get_num_threads())
-    wait_for_all(groups)
+        with trace.span("sealing", shards=len(mine)):
+            threads = torch.get_num_threads()
+            session.seal_shards(path, manifest, mine, record.errors, rank=rank, threads=threads, trace=trace)
+    with trace.span("wait for all"):
+        wait_for_all(groups)
 
 
 def _points(job: Job, begun: Begun) -> tuple[HookPoint, ...]:

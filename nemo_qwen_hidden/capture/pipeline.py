@@ -29,8 +29,10 @@ from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.parallel.watch import wait_for_peer
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.stages import points_of_stage, stage_of, stage_of_layer
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 SENDS_IN_FLIGHT = 2
+ROUNDS_OF_A_TURN = 2
 
 TokenRows = Callable[[int, int], Tensor]
 """(first row, length) to token ids, int64 [length]."""
@@ -89,7 +91,8 @@ class Pipeline:
 
     chunks: the parts of the model that this rank holds, one, or one for each virtual stage. stages: layer indices of
     every stage. start: the layer that runs first, on given states; None: the model's beginning. Nothing deeper than the
-    deepest hook point is computed; stages that lie wholly outside have nothing to do.
+    deepest hook point is computed; stages that lie wholly outside have nothing to do. trace: is told of forwards, taps
+    and waits.
     """
 
     def __init__(
@@ -100,8 +103,9 @@ class Pipeline:
         stages: Sequence[range],
         capture: Capture,
         start: int | None = None,
+        trace: Trace = UNTRACED,
     ) -> None:
-        self.groups, self.capture, self._config = groups, capture, chunks[0].config
+        self.groups, self.capture, self._config, self._trace = groups, capture, chunks[0].config, trace
         points = capture.points
         self._layers = range(start or 0, deepest(points, stages[-1].stop))
         self._final_norm = any(point.site == FINAL_NORM for point in points)
@@ -141,11 +145,15 @@ class Pipeline:
                 if not stage.last:
                     sends.append(self.send(hidden, stage))
                     while len(sends) > SENDS_IN_FLIGHT:
-                        wait_for_peer(sends.popleft()[0])
+                        self._wait("send", sends.popleft()[0])
                 if stage is self.stages[-1]:
                     done(microbatch)
             for work, _ in sends:
-                wait_for_peer(work)
+                self._wait("send", work)
+
+    def _wait(self, span: str, work: dist.Work, **args: int) -> None:
+        with self._trace.span(span, **args):
+            wait_for_peer(work)
 
     @contextmanager
     def entered(self, sink: Sink, *, gradients: bool = False) -> Iterator[dict[int, Taps]]:
@@ -160,7 +168,7 @@ class Pipeline:
                 stack.enter_context(part_of_decoder(stage.model, self._layers, final_norm=self._final_norm))
                 points, edits = self.points[stage.number], self._edits[stage.number]
                 taps[stage.number] = stack.enter_context(
-                    tapped(stage.model, self.capture, points, edits, self.groups, sink)
+                    tapped(stage.model, self.capture, points, edits, self.groups, sink, self._trace)
                 )
             try:
                 yield taps
@@ -169,9 +177,10 @@ class Pipeline:
                     stage.model.set_input_tensor(None)
 
     def _order(self, microbatches: Iterable[Microbatch]) -> Iterator[tuple[Microbatch, Stage]]:
-        """What this rank runs, in the order that all pipeline ranks share: with virtual stages, pp microbatches go
-        through one stage before the rank turns to its next, so that the first is back by then."""
-        at_once = 1 if len(self.stages) == 1 else self.groups.topology.pp
+        """What this rank runs, in the order that all pipeline ranks share. With virtual stages several microbatches go
+        through one stage before the rank turns to its next. Of pp the first would be back just then, if none took
+        longer than another; of twice as many it is back in time when some do."""
+        at_once = 1 if len(self.stages) == 1 else ROUNDS_OF_A_TURN * self.groups.topology.pp
         stream = iter(microbatches)
         while group := list(islice(stream, at_once)):
             for stage in self.stages:
@@ -191,10 +200,12 @@ class Pipeline:
             model.set_input_tensor(received)
         taps.view = view
         try:
-            hidden: Tensor = model(
-                inputs.input_ids, inputs.position_ids, None, decoder_input=given, packed_seq_params=inputs.packed
-            )
-            taps.settle()
+            with self._trace.span("forward", microbatch=microbatch.index, stage=stage.number, tokens=microbatch.rows):
+                hidden: Tensor = model(
+                    inputs.input_ids, inputs.position_ids, None, decoder_input=given, packed_seq_params=inputs.packed
+                )
+            with self._trace.span("exchange", microbatch=microbatch.index, stage=stage.number):
+                taps.settle()
         finally:
             taps.view = None
         return hidden
@@ -239,13 +250,12 @@ class Pipeline:
         wraps = rank == self.groups.topology.pp - 1
         return (self.groups.pp_wrap if wraps else self.groups.pp), rank
 
-    @staticmethod
     def _arrived(
-        microbatch: Microbatch, stage: Stage, receive: tuple[dist.Work, Tensor] | None
+        self, microbatch: Microbatch, stage: Stage, receive: tuple[dist.Work, Tensor] | None
     ) -> tuple[Microbatch, Stage, Tensor | None]:
         if receive is None:
             return microbatch, stage, None
-        wait_for_peer(receive[0])
+        self._wait("receive", receive[0], microbatch=microbatch.index, stage=stage.number)
         return microbatch, stage, receive[1]
 
     def send(self, hidden_CBH: Tensor, stage: Stage) -> tuple[dist.Work, Tensor]:

@@ -27,6 +27,7 @@ from nemo_qwen_hidden.errors import HiddenStatesError
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, SPLIT_SITES, HookPoint
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.plan.slices import Run
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,11 @@ class Capture:
 class Taps:
     """Hooks on the modules of one stage; ``view`` is set before each microbatch, and ``settle`` is called after it."""
 
-    def __init__(self, capture: Capture, groups: ProcessGroups, sink: Sink, *, norm_epsilon: float) -> None:
+    def __init__(
+        self, capture: Capture, groups: ProcessGroups, sink: Sink, *, norm_epsilon: float, trace: Trace
+    ) -> None:
         self._capture, self._groups, self._sink, self._norm_epsilon = capture, groups, sink, norm_epsilon
+        self._trace = trace
         self._split: dict[HookPoint, Tensor] = {}
         self._sums: dict[HookPoint, Tensor] = {}
         self._attended: dict[HookPoint, AttentionInputs] = {}
@@ -86,7 +90,10 @@ class Taps:
         view = self.view
         if view is None:
             return
-        state_CBW = state_CBW.detach()
+        with self._trace.span("tap", hook_point=point):
+            self._take(view, point, state_CBW.detach(), before_CBW)
+
+    def _take(self, view: View, point: HookPoint, state_CBW: Tensor, before_CBW: Tensor) -> None:
         split = point.site in SPLIT_SITES
         if self._capture.pools:
             self._sums[point] = self._weighted_sums(view, state_CBW, split=split)
@@ -106,7 +113,9 @@ class Taps:
 
     def record_attention(self, point: HookPoint, query: Tensor, key: Tensor) -> None:
         """Copies the queries of kept rows, and all keys."""
-        if self.view is not None:
+        if self.view is None:
+            return
+        with self._trace.span("tap", hook_point=point):
             self._attended[point] = AttentionInputs.of(
                 self.view, query.detach(), key.detach(), self._capture.attention, self._groups.place
             )
@@ -191,6 +200,7 @@ def tapped(
     edits: Sequence[BoundEdit],
     groups: ProcessGroups,
     sink: Sink,
+    trace: Trace = UNTRACED,
 ) -> Iterator[Taps]:
     """Puts hooks on those modules of this stage that ``points`` and ``edits`` name, edits first, and always takes them
     away again.
@@ -200,7 +210,7 @@ def tapped(
     """
     if getattr(model.config, "enable_cuda_graph", False) or getattr(model.config, "cuda_graph_impl", "none") != "none":
         raise HiddenStatesError("hidden states cannot be captured from CUDA graphs, which bypass hooks: turn them off")
-    taps = Taps(capture, groups, sink, norm_epsilon=model.config.layernorm_epsilon)
+    taps = Taps(capture, groups, sink, norm_epsilon=model.config.layernorm_epsilon, trace=trace)
     handles: list[RemovableHandle] = []
     try:
         for edit in edits:

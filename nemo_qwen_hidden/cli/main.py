@@ -69,6 +69,7 @@ _EXTRACT = (
   store.add=hook_points          to a finished store, over its own rows:
                                  data.path is not read
   store.add=documents            to a finished store, at its end
+  profile.trace=FILE             what each rank does when, for ui.perfetto.dev
 
 After Ctrl-C or a crash the same command goes on, in any layout, and runs only
 what is missing. Without torchrun, the ranks asked for are started on this
@@ -89,7 +90,7 @@ Runs a few documents twice, at every site of every layer, and checks that the
 sums of the residual stream hold, that two runs and all replicas agree bit by
 bit, and that every state is that of transformers. Where something differs it
 says what is wrong, with the first layer, site and token. docs/doctor.md lists
-what it knows. Settings of capture, tokens and store are not used.
+what it knows. Settings of capture, tokens, store and profile are not used.
 
 With --against it looks at a store instead, or at states of another program: a
 safetensors file or a folder of .npy with token_ids, and states by hook point or
@@ -253,6 +254,7 @@ def _extract(parsed: argparse.Namespace) -> int:
         summary = runner.run_job(job, terminal)
         if summary is not None:
             show.summary(summary, terminal)
+            show.trace(job, summary, terminal)
     return 0
 
 

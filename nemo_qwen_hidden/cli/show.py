@@ -10,6 +10,7 @@ from nemo_qwen_hidden.plan.auto import Choice
 from nemo_qwen_hidden.plan.pooling import check_whole
 from nemo_qwen_hidden.store.format import human_bytes
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.trace.shares import NAMES, shares
 
 Facts = list[tuple[str, str]]
 
@@ -38,6 +39,20 @@ def summary(done: Summary, terminal: Terminal) -> None:
         ("peak memory", f"{human_bytes(done.peak_bytes)} in the largest rank"),
     ]
     terminal.table(facts, f"extracted: {done.work}")
+
+
+def trace(job: Job, done: Summary, terminal: Terminal) -> None:
+    """What the ranks spent their time on, where ``profile.trace`` asked for it and there was something to do."""
+    if job.trace_path is None or done.work is None:
+        return
+    header = ("rank", "time", *NAMES)
+    rows = [
+        (each.label, _seconds(each.secs), *(f"{100 * share:.1f}" for share in each.shares.values()))
+        for each in shares(job.trace_path)
+    ]
+    if rows:  # else what was left to do was to finish shards
+        terminal.grid(header, rows, "percent of the time while running (peer, disk: waiting)")
+    terminal.line(f"trace in {job.trace_path}: ui.perfetto.dev opens it")
 
 
 def _widths(manifest: Manifest) -> str:

@@ -25,6 +25,7 @@ from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.stages import Split, stages_of
 from nemo_qwen_hidden.topology import Topology, model_problems
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 
 class Qwen2HiddenModel(EffectCalls, Qwen2Model):
@@ -176,16 +177,18 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         capture: Capture,
         sink: Sink,
         done: Callable[[Microbatch], None] = lambda microbatch: None,
+        trace: Trace = UNTRACED,
     ) -> None:
         """Runs those of ``microbatches`` that fall to this replica; every slice goes to ``sink``, in the CPU's memory,
         on the rank that answers for it. Collective over the tp, cp and pp groups.
 
         tokens: (first row, length) to token ids [length]. done: called after each microbatch of this rank, whose last
-        slices may still be on their way from a GPU.
+        slices may still be on their way from a GPU. trace: is told what this rank does when.
         """
         mine = self.of_this_replica(microbatches)
+        pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture, trace=trace)
         with staged(sink, self.groups.device) as on_host:
-            Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture).run(mine, tokens, on_host, done)
+            pipeline.run(mine, tokens, on_host, done)
 
 
 def _contiguous(numbers: dict[int, list[int]], count: int) -> tuple[range, ...]:

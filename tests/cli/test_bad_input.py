@@ -427,6 +427,22 @@ def test_a_path_below_a_file(refuses: Refuses, data: Path) -> None:
     assert refuses(store=f"{data.name}/store").startswith("`store.path` must lie in a folder, and ")
 
 
+@pytest.mark.parametrize(
+    ("trace", "rule"),
+    [
+        (".", "`profile.trace` must be a file, and no folder"),
+        ("{data}/trace.json", "`profile.trace` must lie in a folder that can be made and written"),
+        ("out/trace.json", "`profile.trace` must not be the log or lie in the store"),
+        ("out", "`profile.trace` must not be the log or lie in the store"),
+        ("out.log", "`profile.trace` must not be the log or lie in the store"),
+        ("{data}", "`profile.trace` must lie where `data.path` ("),
+    ],
+)
+def test_a_place_for_a_trace(refuses: Refuses, tmp_path: Path, data: Path, trace: str, rule: str) -> None:
+    given = tmp_path / trace.format(data=data.name)
+    assert refuses(f"profile.trace={given}", store=str(tmp_path / "out")).startswith(rule)
+
+
 @pytest.mark.parametrize("store", ["corpus/out", "corpus/deep/out"])
 @pytest.mark.parametrize("pattern", ["corpus", "corpus/**/*", "corpus/**/*.jsonl"])
 def test_a_store_among_the_data(refuses: Refuses, tmp_path: Path, data: Path, pattern: str, store: str) -> None:

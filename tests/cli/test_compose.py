@@ -64,6 +64,7 @@ def test_the_keys_are_these() -> None:
         "store.add",
         "store.commit_secs",
         "runtime.threads",
+        "profile.trace",
     ]
 
 
@@ -90,6 +91,7 @@ def test_the_presets_are_these() -> None:
         "tokens": ("assistant", "default", "last", "mean", "ordinary", "weighted_mean"),
         "store": ("default",),
         "runtime": ("default",),
+        "profile": ("default",),
     }
 
 

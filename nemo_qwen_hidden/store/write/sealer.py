@@ -16,6 +16,7 @@ from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.statistics import StoredError
 from nemo_qwen_hidden.store.write.seal import measure
 from nemo_qwen_hidden.store.write.shard_files import Written
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 _LOWEST_PRIORITY = 19
 
@@ -43,10 +44,13 @@ class Sealer:
 
     Args:
         threads: that read shards at a time after ``hurry``; 0: no shard is read. progressed: called after each shard.
+        trace: is told of each shard.
     """
 
-    def __init__(self, folder: Path, target: Manifest, *, threads: int, progressed: Callable[[], None]) -> None:
-        self._folder, self._target, self._progressed = folder, target, progressed
+    def __init__(
+        self, folder: Path, target: Manifest, *, threads: int, progressed: Callable[[], None], trace: Trace = UNTRACED
+    ) -> None:
+        self._folder, self._target, self._progressed, self._trace = folder, target, progressed, trace
         self._filling: dict[Shard, _Filling] = {}
         self._whole: SimpleQueue[tuple[Shard, StoredError | None] | None] = SimpleQueue()
         self._measured: deque[tuple[Shard, ShardEntry]] = deque()
@@ -107,7 +111,8 @@ class Sealer:
         try:
             while (found := self._whole.get()) is not None and not self._abandoned:
                 shard, error = found
-                entry = measure(self._folder, self._target, shard, error, durable=False)
+                with self._trace.span("seal", hook_point=shard[0], shard=shard[1]):
+                    entry = measure(self._folder, self._target, shard, error, durable=False)
                 self._measured.append((shard, entry))
                 self._progressed()
         except BaseException as failure:

@@ -46,6 +46,7 @@ from nemo_qwen_hidden.store.write import journal
 from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
 from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock, wait_for_ranks
 from nemo_qwen_hidden.store.write.seal import measure, publish
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 _LOCK = ".lock"
 _NAMED_AT_ONCE = 16  # shards that are sealed together, so that names and journal are made durable once for all of them
@@ -249,21 +250,23 @@ def seal_shards(
     *,
     rank: int,
     threads: int = 1,
+    trace: Trace = UNTRACED,
 ) -> None:
     """Finishes some shards, this rank's share of those that ``to_seal`` has named; ``threads`` of them at a time.
 
     Args:
-        errors: what storing the rows of each shard cost.
+        errors: what storing the rows of each shard cost. trace: is told of each shard.
     """
 
     def measured(shard: Shard) -> tuple[Shard, ShardEntry]:
-        return shard, measure(path, target, shard, errors.get(shard), durable=True)
+        with trace.span("seal", hook_point=shard[0], shard=shard[1]):
+            return shard, measure(path, target, shard, errors.get(shard), durable=True)
 
     with ExitStack() as stack:
         stack.enter_context(naming_store(path, JOURNAL))
         stack.enter_context(rank_lock(path, target.producers))
         written = stack.enter_context(closing(JournalWriter(path, rank)))
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        pool = stack.enter_context(ThreadPoolExecutor(threads, "sealing"))
         stack.callback(pool.shutdown, cancel_futures=True)
         entries = pool.map(measured, shards)
         while some := dict(islice(entries, _NAMED_AT_ONCE)):

@@ -34,6 +34,7 @@ from nemo_qwen_hidden.store.write.locks import rank_lock
 from nemo_qwen_hidden.store.write.seal import publish
 from nemo_qwen_hidden.store.write.sealer import Sealer
 from nemo_qwen_hidden.store.write.shard_files import Batch, Piece, ShardFiles
+from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
 QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 10.0
@@ -61,7 +62,8 @@ class ShardWriter:
             ``write`` blocks beyond it. progressed: called whenever the disk has taken something.
         max_open_files: shards kept open at once. sealing_threads: where not 0, shards that this writer fills alone are
             sealed as they become whole, by one thread that takes only the time others leave, and after ``close`` was
-            called by that many; 0 leaves all shards to ``session.seal_shards``.
+            called by that many; 0 leaves all shards to ``session.seal_shards``. trace: is told of encoding, waiting,
+            writing, syncing and sealing.
 
     A context manager: it closes, or only lets go of its files where the block raised.
     """
@@ -79,8 +81,9 @@ class ShardWriter:
         progressed: Callable[[], None] = lambda: None,
         max_open_files: int = 64,
         sealing_threads: int = 0,
+        trace: Trace = UNTRACED,
     ) -> None:
-        self._target, self._nonfinite = target, nonfinite
+        self._target, self._nonfinite, self._trace = target, nonfinite, trace
         self._missing = {
             entry.point: RowSet([(0, target.states)]) - (done or {}).get(entry.point, RowSet())
             for entry in target.hook_points
@@ -91,9 +94,16 @@ class ShardWriter:
             stack.callback(journal.close)
             files = ShardFiles(folder, target, max_open_files)
             stack.callback(files.close)
-            sealer = Sealer(folder, target, threads=sealing_threads, progressed=progressed)
+            sealer = Sealer(folder, target, threads=sealing_threads, progressed=progressed, trace=trace)
             self._disk = _DiskThread(
-                folder, files, journal, sealer, commit_secs=commit_secs, queue_bytes=queue_bytes, progressed=progressed
+                folder,
+                files,
+                journal,
+                sealer,
+                commit_secs=commit_secs,
+                queue_bytes=queue_bytes,
+                progressed=progressed,
+                trace=trace,
             )
             self._resources = stack.pop_all()
 
@@ -122,12 +132,13 @@ class ShardWriter:
         if pieces:
             dtype = self._target.dtype
             name, what = str(hook_point), "row" if self._target.states == self._target.rows else "state"
-            encoded = encode(
-                values_nH,
-                dtype,
-                nonfinite=self._nonfinite,
-                row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
-            )
+            with self._trace.span("encode", hook_point=hook_point, states=len(values_nH)):
+                encoded = encode(
+                    values_nH,
+                    dtype,
+                    nonfinite=self._nonfinite,
+                    row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
+                )
             self._disk.put(
                 Batch(
                     point=hook_point,
@@ -214,8 +225,10 @@ class _DiskThread:
         commit_secs: float,
         queue_bytes: int,
         progressed: Callable[[], None],
+        trace: Trace,
     ) -> None:
         self._folder, self._files, self._journal, self._sealer = folder, files, journal, sealer
+        self._trace = trace
         self._commit_secs, self._queue_bytes, self._progressed = commit_secs, queue_bytes, progressed
         self._changed = threading.Condition()
         self._queue: deque[Batch] = deque()
@@ -232,11 +245,12 @@ class _DiskThread:
         with self._changed:
             if self._closing:
                 raise ValueError("the writer is closed")
-            self._changed.wait_for(lambda: self._failure or not self._queue or self._fits(batch))
+            if not self._has_room(batch):
+                with self._trace.span("wait for disk", queued_bytes=self._queued_bytes):
+                    self._changed.wait_for(lambda: self._has_room(batch))
             self._raise_failure()
             self._queue.append(batch)
-            self._queued_bytes += batch.bytes
-            self._changed.notify_all()
+            self._count(batch.bytes)
 
     def finish(self) -> None:
         """Returns when all is durable and the thread has ended."""
@@ -252,10 +266,19 @@ class _DiskThread:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        with self._trace.span("wait for disk", queued_bytes=self._queued_bytes):
+            self._thread.join()
 
-    def _fits(self, batch: Batch) -> bool:
-        return self._queued_bytes + batch.bytes <= self._queue_bytes
+    def _has_room(self, batch: Batch) -> bool:
+        """Whether ``put`` need not wait: also where it is to raise, or one batch is larger than the queue."""
+        fits = self._queued_bytes + batch.bytes <= self._queue_bytes
+        return fits or not self._queue or self._failure is not None
+
+    def _count(self, more_bytes: int) -> None:
+        """The queue has changed."""
+        self._queued_bytes += more_bytes
+        self._trace.count("queued bytes", self._queued_bytes)
+        self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -298,15 +321,16 @@ class _DiskThread:
             return self._queue[0] if self._queue else None
 
     def _write(self, batch: Batch) -> None:
-        for written in self._files.write(batch):
+        with self._trace.span("write", hook_point=batch.point, bytes=batch.bytes):
+            pieces = list(self._files.write(batch))
+        for written in pieces:
             if written.error is not None:
                 add_error(self._errors, written.shard, written.error)
             self._states.setdefault(batch.point, []).append((written.first_state, written.states))
             self._sealer.written(written)
         with self._changed:
             self._queue.popleft()
-            self._queued_bytes -= batch.bytes
-            self._changed.notify_all()
+            self._count(-batch.bytes)
         self._progressed()
 
     def _commit(self) -> None:
@@ -314,7 +338,8 @@ class _DiskThread:
         measured = self._sealer.measured()
         if not (self._states or measured):
             return
-        self._files.sync(measured)
+        with self._trace.span("sync"):
+            self._files.sync(measured)
         self._progressed()
         if self._states:
             self._claim()
@@ -328,7 +353,8 @@ class _DiskThread:
         for point, states in durable.items():
             if len(states) != sum(length for _, length in self._states[point]):
                 raise CoverageError(f"states of {point} were written more than once by one rank")
-        self._journal.rows({point: states.ranges for point, states in durable.items()}, self._errors)
+        with self._trace.span("journal"):
+            self._journal.rows({point: states.ranges for point, states in durable.items()}, self._errors)
         self._states, self._errors = {}, {}
 
 
