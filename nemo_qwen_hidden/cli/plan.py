@@ -130,9 +130,7 @@ def _imagined(seen: Outline, rows: int) -> Counts:
     """Of documents that fill a window each, the last one shorter. No token of theirs is special."""
     tokens, longest = seen.settings.tokens, seen.batching.max_tokens
     if tokens.keep in ("mask", "assistant"):
-        raise ConfigError(
-            "tokens.keep", "must be all, last or spans with `--tokens`: the data are not read", tokens.keep
-        )
+        raise ConfigError("tokens.keep", "must be all, last or spans with `--tokens`, which reads no data", tokens.keep)
     whole, rest = divmod(rows, longest)
     sizes = ((whole, longest), (1 if rest else 0, rest))
     states = 0
@@ -182,7 +180,7 @@ def _takes(planned: Planned, found: Estimate) -> Iterable[tuple[str, str]]:
     total, memory = need_of(seen.topology, seen.work).total + planned.machine.base_bytes, planned.machine
     most = FILLED * memory.rank_bytes(seen.topology.world)
     if total > most:
-        yield "memory", f"too little: {human_bytes(total)} a rank, of {human_bytes(round(most))} that may be filled"
+        yield "fits", f"no: {human_bytes(total)} a rank, of {human_bytes(round(most))} that may be filled"
 
 
 def _use_rows(found: Estimate) -> list[tuple[str, ...]]:
