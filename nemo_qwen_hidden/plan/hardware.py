@@ -47,6 +47,7 @@ CORES_PER_GPU = 14
 CPU_BASE_BYTES = 1_000_000_000
 # fp32 products of one core, and elementwise steps of one; gloo through the loopback device
 CORE = Speeds(flops=9e10, memory=1.5e10, near=1e9, far=1e9, latency=3e-4)
+# on two busy cores: 117,000 tokens/s of Python's sources; 0.21 GB/s of bf16 summed and hashed, 0.51 of fp32
 CORE_TOKENIZE = 6e4
 CORE_SEAL = 3e8
 
