@@ -19,7 +19,7 @@ from nemo_qwen_hidden import target
 from nemo_qwen_hidden.config import BYTES, MEANS, ProfileSettings
 from nemo_qwen_hidden.errors import ConfigError, DataError
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS
-from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.job import Job, Outline
 from nemo_qwen_hidden.part import Norms, make_part
 from nemo_qwen_hidden.plan.outliers import norm_point
 from nemo_qwen_hidden.plan.rowset import RowSet
@@ -181,7 +181,7 @@ def _begin(
     return Begun(manifest=wanted, work=work, done=done, started=started)
 
 
-def disk_bytes(job: Job, *, rows: int, states: int) -> int:
+def disk_bytes(job: Outline, *, rows: int, states: int) -> int:
     """Bytes of shards and token tables of a new store of so many rows, some of which have states."""
     whole, rest = divmod(states, job.settings.store.shard_rows)
     sizes = [(whole, job.settings.store.shard_rows), (1 if rest else 0, rest)]

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from glob import has_magic
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,31 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, deepest, expand, heads_of
 from nemo_qwen_hidden.parallel.machine import find_machine
 from nemo_qwen_hidden.plan.auto import Choice, choose
-from nemo_qwen_hidden.plan.cost import Need, Work, stage_need
+from nemo_qwen_hidden.plan.cost import Machine, Need, Work, stage_need
+from nemo_qwen_hidden.plan.hardware import Host
 from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.plan.outliers import norm_point
+from nemo_qwen_hidden.plan.scaling import Corpus, Estimate, estimate
 from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.plan.stages import Split, points_of_stage, stages_of
-from nemo_qwen_hidden.store.format import MARKER, TOKENS, shard_name
+from nemo_qwen_hidden.store.format import DTYPES, MARKER, TOKENS, shard_name
+from nemo_qwen_hidden.store.shard import state_bytes
 from nemo_qwen_hidden.store.write.session import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
 from nemo_qwen_hidden.trace.whole import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What will run.
+class Outline:
+    """What follows from settings and a model's sizes alone, without weights or data.
 
-    model_folder, data_path: on this machine. points: ordered by depth. stages: layer indices of every pipeline stage;
-    unless the settings say how the whole model is divided, these are the layers up to the deepest hook point alone.
-    norms_only: whether the norm of each state is stored instead of the state.
-    work: what plans of memory and time are made from. choice: why this layout, where ``parallel.auto`` chose it.
+    points: ordered by depth. stages: layer indices of every pipeline stage; unless the settings say how the whole model
+    is divided, these are the layers up to the deepest hook point alone. work: what plans of memory and time are made
+    from. norms_only: whether the norm of each state is stored instead of the state. choice: why this layout, where
+    ``parallel.auto`` chose it.
     """
 
     settings: Settings
-    model_folder: Path
-    data_path: str
     architecture: Architecture
     points: tuple[HookPoint, ...]
     topology: Topology
@@ -69,12 +71,67 @@ class Job:
         return any(point.normed for point in self.points)
 
     @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads whose weights are asked for."""
+        return heads_of(self.settings.capture.heads, self.architecture.shape.num_heads)
+
+    def state_shape(self, point: HookPoint) -> tuple[int, ...]:
+        """Of one state as it is stored."""
+        if self.norms_only:
+            return (1,)
+        return state_shape(point, self.architecture.shape, keys=self.batching.max_tokens, heads=self.heads)
+
+    def rank_bytes(self, stage: int) -> Need:
+        """Bytes of a rank for this stage."""
+        return stage_need(stage, self.stages, self.topology, self.work)
+
+    def points_of(self, stage: int) -> tuple[HookPoint, ...]:
+        """Hook points that are seen on this stage."""
+        return points_of_stage(self.points, self.stages, stage)
+
+    def estimate(self, corpus: Corpus, machine: Machine, host: Host) -> Estimate:
+        """Time, bytes and what binds."""
+        dtype, divisor = DTYPES[self.settings.stored_dtype], self.settings.tokens.pool not in MEANS
+        return estimate(
+            self.topology,
+            self.stages,
+            self.work,
+            machine,
+            host,
+            corpus,
+            state_bytes=lambda point: state_bytes(
+                prod(self.state_shape(point)), dtype=dtype, divisor=divisor and point.normed
+            ),
+            to_rank_0=self.settings.capture.gather == "rank0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Outline):
+    """What will run. model_folder, data_path: on this machine."""
+
+    model_folder: Path
+    data_path: str
+
+    @property
     def store_path(self) -> Path:
         """The folder of the store; only of a job that was prepared with ``for_store``."""
         path = self.settings.store.path
         if path is None:
             raise ConfigError("store.path", "must name the folder to write the hidden states to", None)
         return Path(path).expanduser()
+
+    @property
+    def log_path(self) -> Path:
+        """The file beside the store for what libraries say while it is made."""
+        store = Path(os.path.abspath(self.store_path))
+        return store.with_name(f"{store.name}.log")
+
+    @property
+    def trace_path(self) -> Path | None:
+        """The file for what ranks do when; None where nobody asked for it."""
+        path = self.settings.profile.trace
+        return None if path is None else Path(path).expanduser()
 
     def documents(self, tokenizer: Callable[[], Tokenizer]) -> Iterator[TokenizedDocument]:
         """The data, read and tokenized as they are asked for, with the masks that ``tokens.keep`` needs.
@@ -89,51 +146,20 @@ class Job:
             assistant=self.settings.tokens.keep == "assistant",
         )
 
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads whose weights are asked for."""
-        return heads_of(self.settings.capture.heads, self.architecture.shape.num_heads)
 
-    def state_shape(self, point: HookPoint) -> tuple[int, ...]:
-        """Of one state as it is stored."""
-        if self.norms_only:
-            return (1,)
-        return state_shape(point, self.architecture.shape, keys=self.batching.max_tokens, heads=self.heads)
-
-    @property
-    def log_path(self) -> Path:
-        """The file beside the store for what libraries say while it is made."""
-        store = Path(os.path.abspath(self.store_path))
-        return store.with_name(f"{store.name}.log")
-
-    @property
-    def trace_path(self) -> Path | None:
-        """The file for what ranks do when; None where nobody asked for it."""
-        path = self.settings.profile.trace
-        return None if path is None else Path(path).expanduser()
-
-    def rank_bytes(self, stage: int) -> Need:
-        """Bytes of a rank for this stage."""
-        return stage_need(stage, self.stages, self.topology, self.work)
-
-    def points_of(self, stage: int) -> tuple[HookPoint, ...]:
-        """Hook points that are seen on this stage."""
-        return points_of_stage(self.points, self.stages, stage)
-
-
-def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
-    """Checks settings against the model, the data and the target folder. Writes nothing and imports no NeMo.
+def outline(
+    settings: Settings, architecture: Architecture, *, world: int | None, machine: Machine | None = None
+) -> Outline:
+    """What follows from settings and a model's sizes.
 
     Args:
         world: number of ranks that a launcher started, None where none did.
-        for_store: whether the job will write a store, whose folder is then checked too.
+        machine: where ``parallel.auto`` chooses a layout for; None stands for what there is here.
 
     Raises:
         UserError: the first thing that stands in the way, or ``ConfigErrors`` with several.
     """
     check(settings)
-    folder = locate(settings.model.path)
-    architecture = read_architecture(folder)
     shape = architecture.shape
     points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
     num_layers = max(1, deepest(points, shape.num_layers)) if _split(settings).even else shape.num_layers
@@ -147,7 +173,7 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         itemsize=BYTES[settings.precision.compute],
         heads=heads_of(settings.capture.heads, shape.num_heads),
     )
-    choice = choose(work, find_machine(settings, world=world)) if settings.parallel.auto else None
+    choice = choose(work, machine or find_machine(settings, world=world)) if settings.parallel.auto else None
     topology = _asked_topology(settings, world) if choice is None else choice.topology
     problems = _problems(settings, architecture, topology)
     try:
@@ -166,11 +192,6 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         problems.append(problem)
     raise_all(problems)
     architecture.require_length(max_tokens, "data.max_tokens")
-    TensorFiles.of(folder).check(shape)
-    data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
-    reads_data = settings.store.add != "hook_points"
-    if reads_data:
-        check_path(data_path, **_fields(settings))
     batching = Batching(
         max_tokens=max_tokens,
         batch_tokens=settings.data.batch_tokens,
@@ -178,10 +199,8 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         multiple_of=topology.sequence_multiple,
         segment_multiple=topology.segment_multiple,
     )
-    job = Job(
+    return Outline(
         settings=settings,
-        model_folder=folder,
-        data_path=data_path,
         architecture=architecture,
         points=points,
         topology=topology,
@@ -190,6 +209,29 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool) -> Job:
         batching=batching,
         choice=choice,
     )
+
+
+def prepare(settings: Settings, *, world: int | None, for_store: bool, machine: Machine | None = None) -> Job:
+    """Checks settings against the model, the data and the target folder. Writes nothing and imports no NeMo.
+
+    Args:
+        world: number of ranks that a launcher started, None where none did.
+        for_store: whether the job will write a store, whose folder is then checked too.
+        machine: as in ``outline``.
+
+    Raises:
+        UserError: the first thing that stands in the way, or ``ConfigErrors`` with several.
+    """
+    check(settings)
+    folder = locate(settings.model.path)
+    seen = outline(settings, read_architecture(folder), world=world, machine=machine)
+    TensorFiles.of(folder).check(seen.architecture.shape)
+    data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
+    reads_data = settings.store.add != "hook_points"
+    if reads_data:
+        check_path(data_path, **_fields(settings))
+    values = {each.name: getattr(seen, each.name) for each in fields(seen)}
+    job = Job(**values, model_folder=folder, data_path=data_path)
     if for_store:
         check_target(job.store_path)
         if job.trace_path is not None:

@@ -55,11 +55,12 @@ def read_architecture(folder: Path) -> Architecture:
         raise CheckpointError("model.path", f"must have a readable config.json ({error})", str(folder)) from None
     if not isinstance(config, dict):
         raise CheckpointError("model.path", "must have a config.json with an object in it", str(folder))
+    return architecture_of(config)
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Of what config.json holds; raises as ``read_architecture`` does."""
     _refuse_unsupported(config)
-    return _architecture(config)
-
-
-def _architecture(config: Mapping[str, Any]) -> Architecture:
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     groups = _size(config, "num_key_value_heads", heads)
     if heads % groups:

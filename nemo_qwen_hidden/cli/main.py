@@ -4,12 +4,14 @@ import argparse
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.cli import PROGRAM
+from nemo_qwen_hidden.cli.plan_options import add_options
 from nemo_qwen_hidden.cli.store_commands import add_commands
 from nemo_qwen_hidden.errors import FAILED, HiddenStatesError, PeerError, UserError
 
@@ -109,11 +111,17 @@ _PLAN = (
     _SETTINGS
     + """
 Takes what extract takes, reads and tokenizes the data, and says how many rows,
-shards and bytes a new store would have and what each rank would hold.
+shards and bytes a new store would have, what each rank would hold, how long it
+would take, what goes over each link, which of them binds, and what it costs.
 Loads no weights, writes nothing, and does not look at what is at store.path.
 
-example:
+--gpus, --tokens and --shape stand for a machine, data and a model that are not
+here. Times are estimates: docs/scaling.md has the formula and what it misses.
+
+examples:
   nemo-qwen-hidden plan model.path=Qwen/Qwen2.5-7B parallel.tp=4 data.path=texts
+  nemo-qwen-hidden plan --shape 72B --gpus 64 --tokens 1e12 parallel=auto \\
+      precision=bf16 capture.hook_points='[resid_post@40]' data.max_tokens=4096
 """
 )
 
@@ -177,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a recipe's")
         command.add_argument("--settings", action=_ShowSettings, help="list every setting and preset, and exit")
         command.set_defaults(run=run)
+    add_options(plan)
     for command in (extract, doctor):
         command.add_argument("--quiet", action="store_true", help="no progress, only the result")
     doctor.add_argument("--against", metavar="STORE", help="look at a store, or at a file of states, not at a model")
@@ -225,18 +234,27 @@ def _wrapped(text: str) -> str:
 def _prepared(
     parsed: argparse.Namespace, *, for_store: bool, change: "Callable[[Settings], Settings] | None" = None
 ) -> "Job":
-    """The job, checked. Every rank that torchrun started finds the same fault here, and one of a machine says it.
-
-    The others wait: torchrun ends them as soon as that one ends, and ends that one, said or not, as soon as they do.
-    """
+    """The job, checked."""
     from nemo_qwen_hidden.cli.compose import compose
     from nemo_qwen_hidden.job import prepare
-    from nemo_qwen_hidden.parallel.launch import is_first_of_machine, launched_world
+    from nemo_qwen_hidden.parallel.launch import launched_world
 
-    try:
+    with _one_of_a_machine_says():
         settings = compose(parsed.overrides, config=parsed.config)
         settings = change(settings) if change is not None else settings
         return prepare(settings, world=launched_world(), for_store=for_store)
+
+
+@contextmanager
+def _one_of_a_machine_says() -> Iterator[None]:
+    """Every rank that torchrun started finds the same fault inside, and one of a machine says it.
+
+    The others wait: torchrun ends them as soon as that one ends, and ends that one, said or not, as soon as they do.
+    """
+    from nemo_qwen_hidden.parallel.launch import is_first_of_machine
+
+    try:
+        yield
     except UserError:
         if not is_first_of_machine():
             time.sleep(PATIENCE_SECS)
@@ -259,12 +277,11 @@ def _extract(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    job = _prepared(parsed, for_store=False)
-    from nemo_qwen_hidden.cli import show
+    from nemo_qwen_hidden.cli import plan
     from nemo_qwen_hidden.cli.terminal import Terminal
 
-    with Terminal() as terminal:
-        show.plan(job, terminal)
+    with Terminal() as terminal, _one_of_a_machine_says():
+        plan.show(plan.planned(parsed, terminal), terminal)
     return 0
 
 

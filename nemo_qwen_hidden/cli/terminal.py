@@ -16,7 +16,7 @@ from rich.text import Text
 from nemo_qwen_hidden.cli import PROGRAM
 from nemo_qwen_hidden.progress import Event, Phase
 
-SI = ("", "k", "M", "G", "T", "P")
+SI = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def human(number: float) -> str:
@@ -29,12 +29,14 @@ def human(number: float) -> str:
 
 
 def duration(secs: float) -> str:
-    """``12 s``, ``1 min 05 s``, ``2 h 01 min``."""
+    """``12 s``, ``1 min 05 s``, ``2 h 01 min``, ``3.1 days``."""
     whole = round(secs)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
+    if whole >= 2 * 86400:
+        return f"{secs / 86400:,.1f} days"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 

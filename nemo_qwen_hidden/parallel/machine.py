@@ -1,8 +1,4 @@
-"""What there is to run on: ranks, their memory, and how fast they compute and send.
-
-The speeds only have to rank layouts: proportions matter, and orders of magnitude suffice. Those of CPUs were measured
-(docs/design/0007-the-layout-that-is-chosen.md); those of GPUs are vendors' and were not measured here.
-"""
+"""What there is to run on: ranks and their memory. How fast they are is ``plan.hardware``'s, and not measured anew."""
 
 import os
 import subprocess
@@ -11,19 +7,17 @@ from pathlib import Path
 
 from nemo_qwen_hidden.config import BYTES, Settings
 from nemo_qwen_hidden.parallel.launch import launched_local_rank, local_world
-from nemo_qwen_hidden.plan.cost import Machine, Speeds
-
-GB = 10**9
-# NeMo imported takes 0.6 GB of a process's own, and 256 MB of rows may wait for the disk
-CPU_BASE_BYTES = 1_000_000_000
-# CUDA's context, workspaces of cuBLAS and buffers of NCCL; estimated
-GPU_BASE_BYTES = 2_000_000_000
-
-# fp32 products of one core; gloo through the loopback device
-CORE = Speeds(flops=9e10, near=1e9, far=1e9, latency=3e-4)
-# an H100 at 40 % of its peak (bf16, and fp32 without TF32), NVLink 4, one 400 Gb/s link for each GPU
-GPU_FLOPS = {2: 4e14, 4: 3e13}
-GPU = Speeds(flops=GPU_FLOPS[2], near=3e11, far=4e10, latency=2e-5)
+from nemo_qwen_hidden.plan.cost import Machine
+from nemo_qwen_hidden.plan.hardware import (
+    CPU_BASE_BYTES,
+    GB,
+    GPU_BASE_BYTES,
+    GPU_HOST,
+    Host,
+    core_host,
+    core_speeds,
+    gpu_speeds,
+)
 
 _FREE_BYTES = """
 import torch
@@ -45,26 +39,34 @@ def find_machine(settings: Settings, *, world: int | None) -> Machine:
     return _of_gpus(settings, world, gpus) if gpus else _of_cores(settings, world)
 
 
+def find_host(machine: Machine, ranks: int) -> Host:
+    """What surrounds ``ranks`` ranks of ``machine``, which was found here."""
+    return core_host(_cores(), min(ranks, machine.per_machine)) if machine.shared_cores else GPU_HOST
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _of_gpus(settings: Settings, world: int | None, gpus: int) -> Machine:
-    flops = GPU_FLOPS[BYTES[settings.precision.compute]]
     return Machine(
         world=world,
         per_machine=gpus if world is None else local_world(world),
         memory_bytes=_given(settings) or _gpu_bytes(world),
         base_bytes=GPU_BASE_BYTES,
-        speeds=Speeds(flops=flops, near=GPU.near, far=GPU.far, latency=GPU.latency),
+        speeds=gpu_speeds(BYTES[settings.precision.compute]),
     )
 
 
 def _of_cores(settings: Settings, world: int | None) -> Machine:
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
     given = _given(settings)
     return Machine(
         world=world,
         per_machine=cores if world is None else local_world(world),
         memory_bytes=given or _host_bytes("MemAvailable" if world is None else "MemTotal"),
         base_bytes=CPU_BASE_BYTES,
-        speeds=Speeds(flops=CORE.flops * cores, near=CORE.near, far=CORE.far, latency=CORE.latency),
+        speeds=core_speeds(cores),
         shared_memory=given is None,
         shared_cores=True,
     )

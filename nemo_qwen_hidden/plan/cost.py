@@ -2,14 +2,15 @@
 
 A replica takes for a microbatch what its slowest stage takes:
 
-    layers x (products / (tp x cp x flops) + bytes of two all-reduces / link + bytes of gathered keys and values / link)
+    layers x (products / flops + moved / memory + two all-reduces / link + gathered keys and values / link)
 
-or, where that is longer, sending one state to the next stage, which happens while it computes. Filling the pipeline is
-not counted: it has no flush, and a corpus has many microbatches. Products are two per weight and token, and four per
-token, key and unit of the heads, of which the causal mask leaves half (Kaplan et al. 2020). In an all-reduce each of n
-ranks sends 2(n-1)/n of its bytes, in an all-gather (n-1)/n (Patarasuk and Yuan 2009); under sp a gather and a scatter
-take the place of the all-reduce. So dp costs nothing, pp next to nothing where it divides the layers, and tp two
-all-reduces a layer.
+each of what a rank does of it, or, where that is longer, sending one state to the next stage, which happens while it
+computes. Filling the pipeline is not counted: it has no flush, and a corpus has many microbatches. Products are two
+per weight and token, and four per token, key and unit of the heads, of which the causal mask leaves half (Kaplan et
+al. 2020). Moved to and from memory are a layer's weights once, and twice what it has alive at its widest: written and
+read. In an all-reduce each of n ranks sends 2(n-1)/n of its bytes, in an all-gather (n-1)/n (Patarasuk and Yuan 2009);
+under sp a gather and a scatter take the place of the all-reduce. So dp costs nothing, pp next to nothing where it
+divides the layers, and tp two all-reduces a layer. What all of a job takes is in ``plan.scaling``.
 """
 
 from collections.abc import Sequence
@@ -54,10 +55,12 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """flops: per second, of a rank. near, far: bytes that a rank sends per second within its machine and to another;
-    latency: seconds that an exchange takes however little it sends. Only their proportions decide."""
+    """flops: per second, of a rank's products. memory: bytes that it reads or writes of its memory per second. near,
+    far: bytes that it sends per second within its machine and to another; latency: seconds that an exchange takes
+    however little it sends. Only their proportions decide on a layout."""
 
     flops: float
+    memory: float
     near: float
     far: float
     latency: float
@@ -69,7 +72,8 @@ class Machine:
 
     world: ranks that a launcher has started; None where up to ``per_machine`` can be, on this machine alone.
     per_machine: ranks on one machine. memory_bytes: of each rank, or of the machine if ``shared_memory``. base_bytes:
-    what a rank holds before it has a model. shared_cores: whether a machine's ranks divide ``speeds.flops`` among them.
+    what a rank holds before it has a model. shared_cores: whether a machine's ranks divide ``speeds.flops`` and
+    ``speeds.memory`` among them.
     """
 
     world: int | None
@@ -91,7 +95,14 @@ class Machine:
 
     def rank_flops(self, world: int) -> float:
         """Products and sums that one of ``world`` ranks does in a second."""
-        return self.speeds.flops / min(world, self.per_machine) if self.shared_cores else self.speeds.flops
+        return self.speeds.flops / self._sharing(world)
+
+    def rank_memory(self, world: int) -> float:
+        """Bytes that one of ``world`` ranks reads or writes in a second."""
+        return self.speeds.memory / self._sharing(world)
+
+    def _sharing(self, world: int) -> int:
+        return min(world, self.per_machine) if self.shared_cores else 1
 
     def keeps_together(self, ranks: int, world: int) -> bool:
         """Whether each block of ``ranks`` consecutive ranks is on one machine."""
@@ -167,23 +178,75 @@ def _stage_need(layers: int, points: Sequence[HookPoint], topology: Topology, wo
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a rank does and sends for one microbatch. flops: of products. moved: bytes to and from its memory. tp, cp,
+    pp: bytes that it sends along an axis; tp_exchanges, cp_exchanges, pp_sends: in how many exchanges."""
+
+    flops: float
+    moved: float
+    tp: float
+    tp_exchanges: int
+    cp: float
+    cp_exchanges: int
+    pp: float
+    pp_sends: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Seconds of a rank for one microbatch, by what they go into."""
+
+    products: float
+    memory: float
+    tp: float
+    cp: float
+    pp: float
+
+    @property
+    def secs(self) -> float:
+        """In all: sending to the next stage happens meanwhile."""
+        return max(self.products + self.memory + self.tp + self.cp, self.pp)
+
+
+def load_of(topology: Topology, work: Work, *, layers: int | None = None) -> Load:
+    """What a rank has of one full microbatch, all of whose sequences have ``work.max_tokens``.
+
+    Args:
+        layers: that it runs; None is what the longest stage has where they are divided evenly.
+    """
+    shape, tokens, itemsize = work.shape, work.tokens, work.itemsize
+    tp, cp = topology.tp, topology.cp
+    layers = max(map(len, split_layers(work.layers, topology.pp))) if layers is None else layers
+    attended = 2 * shape.num_heads * shape.head_dim * work.max_tokens
+    own_tokens = tokens // cp
+    alive = activation_bytes(shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp)
+    hidden_bytes = own_tokens * shape.hidden_size * itemsize
+    keys_and_values = tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * itemsize
+    return Load(
+        flops=layers * tokens * (2 * layer_parameters(shape, 1) + attended) / (tp * cp),
+        moved=layers * (layer_parameters(shape, tp) * itemsize + 2 * alive),
+        tp=layers * 2 * 2 * (tp - 1) / tp * hidden_bytes,
+        tp_exchanges=0 if tp == 1 else layers * (4 if topology.sp else 2),
+        cp=layers * (cp - 1) / cp * keys_and_values,
+        cp_exchanges=0 if cp == 1 else layers * 2,
+        pp=0.0 if topology.pp == 1 else hidden_bytes / (tp if topology.sp else 1) * topology.vp,
+        pp_sends=0 if topology.pp == 1 else topology.vp,
+    )
+
+
+def spent(load: Load, topology: Topology, machine: Machine) -> Spent:
+    """What ``load`` takes a rank."""
+    world, latency = topology.world, machine.speeds.latency
+    return Spent(
+        products=load.flops / machine.rank_flops(world),
+        memory=load.moved / machine.rank_memory(world),
+        tp=load.tp_exchanges * latency + load.tp / machine.link(topology.tp, world),
+        cp=load.cp_exchanges * latency + load.cp / machine.link(topology.tp * topology.cp, world),
+        pp=load.pp_sends * latency + load.pp / machine.link(world, world),
+    )
+
+
 def secs_of(topology: Topology, work: Work, machine: Machine) -> float:
     """Seconds for one microbatch of each replica, divided by the replicas."""
-    shape, tokens, speeds = work.shape, work.tokens, machine.speeds
-    tp, cp = topology.tp, topology.cp
-    layers = max(map(len, split_layers(work.layers, topology.pp)))
-    attended = 2 * shape.num_heads * shape.head_dim * work.max_tokens
-    products = tokens * (2 * layer_parameters(shape, 1) + attended)
-    layer = products / (tp * cp) / machine.rank_flops(topology.world)
-    hidden_bytes = tokens // cp * shape.hidden_size * work.itemsize
-    if tp > 1:
-        exchanges = 4 if topology.sp else 2
-        layer += exchanges * speeds.latency + 2 * 2 * (tp - 1) / tp * hidden_bytes / machine.link(tp, topology.world)
-    if cp > 1:
-        keys_and_values = tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * work.itemsize
-        layer += 2 * speeds.latency + keys_and_values * (cp - 1) / cp / machine.link(tp * cp, topology.world)
-    send = 0.0
-    if topology.pp > 1:
-        sent = hidden_bytes / tp if topology.sp else hidden_bytes
-        send = speeds.latency + sent / machine.link(topology.world, topology.world)
-    return max(layers * layer, send) / topology.dp
+    return spent(load_of(topology, work), topology, machine).secs / topology.dp

@@ -58,6 +58,11 @@ def shard_bytes(rows: int, *, width: int, dtype: Dtype, divisor: bool) -> int:
     )[1].size_bytes
 
 
+def state_bytes(width: int, *, dtype: Dtype, divisor: bool) -> int:
+    """Bytes that a shard grows by with each state."""
+    return width * dtype.bytes + 4 * dtype.scaled + 4 * divisor
+
+
 def header_of(shard: Shard, target: Manifest) -> tuple[bytes, Header]:
     """The first bytes of one shard of a store, and what they say."""
     point, number = shard

@@ -23,11 +23,11 @@ memory  0.0006 GB: weights 0.0003, activations 0.0003, states 5e-05, program 0
 tp=2    divides each layer, for two all-reduces a layer
 its neighbours
 instead                       a rank    time    why not
-tp=1 pp=1 dp=1 sp=false       1.1 MB    x 0.18  0.000324 GB too much
-tp=1 pp=2 dp=1 sp=false       1.1 MB    x 0.15  0.000306 GB too much
+tp=1 pp=1 dp=1 sp=false       1.1 MB    x 0.26  0.000324 GB too much
+tp=1 pp=2 dp=1 sp=false       1.1 MB    x 0.17  0.000306 GB too much
 tp=1 pp=1 cp=2 dp=1 sp=false  1.0 MB    x 0.93  0.000226 GB too much
-tp=1 pp=1 dp=2 sp=false       1.1 MB    x 0.09  0.000324 GB too much
-tp=2 pp=1 dp=1 sp=true        682.2 kB  x 1.82  slower
+tp=1 pp=1 dp=2 sp=false       1.1 MB    x 0.13  0.000324 GB too much
+tp=2 pp=1 dp=1 sp=true        682.2 kB  x 1.78  slower
 """
 SAID = """
 layout tp=2 pp=1 dp=1 sp=false, by parallel.auto; plan shows its neighbours
@@ -53,7 +53,7 @@ def arguments(tiny_folders: dict[Any, Path], tmp_path: Path) -> list[str]:
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks of 0.9 MB each, or of ``parallel.memory_gb``."""
-    speeds = Speeds(flops=9e10, near=1e9, far=1e9, latency=3e-4)
+    speeds = Speeds(flops=9e10, memory=1.5e10, near=1e9, far=1e9, latency=3e-4)
 
     def found(settings: Settings, *, world: int | None) -> Machine:
         return Machine(

@@ -308,7 +308,7 @@ assert not heavy, heavy
 HELP = {
     "": ["extract", "plan", "inspect", "torchrun", "examples:", "exit status", "130"],
     "extract": ["--settings", "--config", "model.path=", "capture.hook_points=", "data.path=", "store.path=", "Ctrl-C"],
-    "plan": ["--settings", "Loads no weights", "model.path=", "example:"],
+    "plan": ["--settings", "Loads no weights", "model.path=", "--gpus", "--tokens", "--shape", "examples:"],
     "inspect": ["--json", "STORE", "open_store"],
     "doctor": ["--against", "--documents", "--tokens", "--json", "model.path=", "transformers", "exit status"],
 }

@@ -22,7 +22,8 @@ HUMAN = {
     12345: "12.3 k",
     999_600: "1 M",
     15_000_000_000: "15 G",
-    10**19: "10000 P",
+    10**19: "10 E",
+    10**28: "10000 Y",
 }
 
 
@@ -39,6 +40,8 @@ DURATIONS = {
     65: "1 min 05 s",
     3600: "1 h 00 min",
     7265: "2 h 01 min",
+    2 * 86400: "2.0 days",
+    10**9: "11,574.1 days",
 }
 
 
@@ -139,7 +142,7 @@ def test_the_longest_line_fits(clocked: tuple[Bar, RichProgress, Clock]) -> None
     clock.now += 11.3
     bar(Progress(0, 12_345))
     assert len(shown(progress).splitlines()) == 1
-    assert shown(progress).endswith("0 % 1.09 k tokens/s 254 h 15 min left")
+    assert shown(progress).endswith("0 % 1.09 k tokens/s 10.6 days left")
 
 
 def test_replicas_add_up_and_those_unheard_of_are_taken_for_like(clocked: tuple[Bar, RichProgress, Clock]) -> None:

@@ -14,8 +14,8 @@ from nemo_qwen_hidden.plan.footprint import DecoderShape
 from nemo_qwen_hidden.topology import Topology, model_problems
 
 GB = 10**9
-GPU = Speeds(flops=4e14, near=3e11, far=4e10, latency=2e-5)
-CORE = Speeds(flops=9e10, near=1e9, far=1e9, latency=3e-4)
+GPU = Speeds(flops=4e14, memory=2.7e12, near=3e11, far=4e10, latency=2e-5)
+CORE = Speeds(flops=9e10, memory=1.5e10, near=1e9, far=1e9, latency=3e-4)
 
 
 def qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int = 151936) -> DecoderShape:
@@ -67,7 +67,7 @@ def cores(count: int, gb: float) -> Machine:
         per_machine=count,
         memory_bytes=int(gb * GB),
         base_bytes=GB,
-        speeds=Speeds(flops=count * CORE.flops, near=CORE.near, far=CORE.far, latency=CORE.latency),
+        speeds=Speeds(flops=count * CORE.flops, memory=CORE.memory, near=CORE.near, far=CORE.far, latency=CORE.latency),
         shared_memory=True,
         shared_cores=True,
     )
