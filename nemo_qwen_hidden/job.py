@@ -19,9 +19,11 @@ from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, deepest, expand, heads_of
+from nemo_qwen_hidden.parallel.launch import has_gpus
 from nemo_qwen_hidden.parallel.machine import find_machine
 from nemo_qwen_hidden.plan.auto import Choice, choose
 from nemo_qwen_hidden.plan.cost import Machine, Need, Work, stage_need
+from nemo_qwen_hidden.plan.footprint import MLP_ROWS
 from nemo_qwen_hidden.plan.hardware import Host
 from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.plan.outliers import norm_point
@@ -164,6 +166,7 @@ def outline(
     points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
     num_layers = max(1, deepest(points, shape.num_layers)) if _split(settings).even else shape.num_layers
     max_tokens = settings.data.max_tokens or architecture.max_positions
+    on_gpus = has_gpus() if machine is None else not machine.shared_cores
     work = Work(
         shape=shape,
         layers=num_layers,
@@ -172,6 +175,7 @@ def outline(
         max_tokens=max_tokens,
         itemsize=BYTES[settings.precision.compute],
         heads=heads_of(settings.capture.heads, shape.num_heads),
+        mlp_rows=None if on_gpus else MLP_ROWS,
     )
     choice = choose(work, machine or find_machine(settings, world=world)) if settings.parallel.auto else None
     topology = _asked_topology(settings, world) if choice is None else choice.topology

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512
-"""Rows of a block. What a gated MLP has between its two products is then 20 MB for Qwen2.5-0.5B."""
+from nemo_qwen_hidden.plan.footprint import MLP_ROWS
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +25,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def blocks(rows: int) -> Iterator[slice]:
-    """``ROWS`` at a time."""
-    return (slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS))
+    """``MLP_ROWS`` at a time: what a gated MLP of Qwen2.5-0.5B has between its products is then 20 MB."""
+    return (slice(start, min(start + MLP_ROWS, rows)) for start in range(0, rows, MLP_ROWS))
 
 
 def multiply(inputs_TK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -61,7 +60,7 @@ def swiglu(inputs_TK: Tensor, weight_OK: Tensor) -> Iterator[tuple[slice, Tensor
     """
     dtype, work = inputs_TK.dtype, working_dtype(inputs_TK.dtype)
     weight_OK = weight_OK.to(work)
-    space = weight_OK.new_empty(len(weight_OK) * min(ROWS, len(inputs_TK)))
+    space = weight_OK.new_empty(len(weight_OK) * min(MLP_ROWS, len(inputs_TK)))
     for rows in blocks(len(inputs_TK)):
         inputs = inputs_TK[rows].to(work)
         both = space[: len(weight_OK) * len(inputs)].view(len(weight_OK), len(inputs))

@@ -125,10 +125,15 @@ def warm_up(log: Path) -> None:
     atexit.register(_end_server)
 
 
+def has_gpus() -> bool:
+    """Whether this machine has GPUs, as far as its devices say: asking CUDA would initialise it."""
+    return any(DEVICES.glob("nvidia[0-9]*"))
+
+
 def _preload() -> list[str]:
     """What the fork server imports for all ranks. Nothing where there is a GPU: importing NeMo initialises CUDA there
     (nvidia-modelopt 0.37, ``quantization/triton/__init__.py:26``), which a forked process cannot use."""
-    return [] if any(DEVICES.glob("nvidia[0-9]*")) else list(PRELOAD)
+    return [] if has_gpus() else list(PRELOAD)
 
 
 def _end_server() -> None:

@@ -36,7 +36,8 @@ class Work:
     """What has to be run.
 
     layers: decoder layers that run. batch_tokens: tokens of a microbatch at the most. max_tokens: of one sequence.
-    itemsize: bytes of a weight or activation. heads: whose attention weights are taken; None is all.
+    itemsize: bytes of a weight or activation. heads: whose attention weights are taken; None is all. mlp_rows: that an
+    MLP takes at a time; None is all.
     """
 
     shape: DecoderShape
@@ -46,6 +47,7 @@ class Work:
     max_tokens: int
     itemsize: int
     heads: tuple[int, ...] | None = None
+    mlp_rows: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -153,7 +155,9 @@ def stage_need(stage: int, stages: Sequence[range], topology: Topology, work: Wo
 def _stage_need(layers: int, points: Sequence[HookPoint], topology: Topology, work: Work, *, first: bool) -> Need:
     shape, tp, itemsize = work.shape, topology.tp, work.itemsize
     own_tokens = -(-work.tokens // topology.cp)
-    activations = activation_bytes(shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp)
+    activations = activation_bytes(
+        shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp, mlp_rows=work.mlp_rows
+    )
     if topology.cp > 1:
         activations += gathered_bytes(shape, tokens=work.tokens, tp=tp, itemsize=itemsize)
     if topology.pp > 1:
@@ -220,7 +224,7 @@ def load_of(topology: Topology, work: Work, *, layers: int | None = None) -> Loa
     layers = max(map(len, split_layers(work.layers, topology.pp))) if layers is None else layers
     attended = 2 * shape.num_heads * shape.head_dim * work.max_tokens
     own_tokens = tokens // cp
-    alive = activation_bytes(shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp)
+    alive = activation_bytes(shape, tokens=own_tokens, tp=tp, itemsize=itemsize, sp=topology.sp, mlp_rows=work.mlp_rows)
     hidden_bytes = own_tokens * shape.hidden_size * itemsize
     keys_and_values = tokens * 2 * (shape.num_query_groups // tp) * shape.head_dim * itemsize
     return Load(

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_qwen_hidden.model.products import ROWS
+from nemo_qwen_hidden.plan.footprint import MLP_ROWS
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.models import Batch, Tiny, ragged_batch, relative_error, save_tiny, transformers_states
 from tests.support.ranks import gathered, with_and_without_gradients
 
-LENGTHS = (ROWS + 77, 40, ROWS // 2)
+LENGTHS = (MLP_ROWS + 77, 40, MLP_ROWS // 2)
 INSIDE = ("mlp_act@0", "mlp_act@2", "q@1", "rot_k@0", "z@2", "attn_out@1", "mlp_out@1", "resid_mid@2")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Batch]:
     folder = tmp_path_factory.mktemp("local") / "model"
-    save_tiny(folder, Tiny(layers=3, groups=2, tied=True), max_position_embeddings=2 * ROWS)
+    save_tiny(folder, Tiny(layers=3, groups=2, tied=True), max_position_embeddings=2 * MLP_ROWS)
     return folder, ragged_batch(LENGTHS)
 
 

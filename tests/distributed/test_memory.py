@@ -24,6 +24,7 @@ from nemo_qwen_hidden.hookpoint import expand
 from nemo_qwen_hidden.job import prepare
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.plan.cost import Work, stage_need
+from nemo_qwen_hidden.plan.footprint import MLP_ROWS
 from nemo_qwen_hidden.plan.microbatches import Batching, plan
 from nemo_qwen_hidden.plan.stages import split_layers
 from nemo_qwen_hidden.topology import Topology
@@ -144,7 +145,9 @@ def test_activations_are_as_planned(topology: Topology, tmp_path: Path, start_ra
     )
     shape, tokens = read_architecture(folder).shape, 512
     points = expand("resid_post@-1", num_layers=4)
-    work = Work(shape=shape, layers=4, points=points, batch_tokens=tokens, max_tokens=tokens, itemsize=4)
+    work = Work(
+        shape=shape, layers=4, points=points, batch_tokens=tokens, max_tokens=tokens, itemsize=4, mlp_rows=MLP_ROWS
+    )
     stages = split_layers(4, topology.pp)
     alive = start_ranks(topology.world, most_alive, topology, folder, tokens)
     for rank, found in enumerate(alive):

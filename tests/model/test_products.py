@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nemo_qwen_hidden.model import products
+from nemo_qwen_hidden.plan.footprint import MLP_ROWS
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -26,7 +27,7 @@ def _working(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_working")
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows", [1, products.ROWS, 2 * products.ROWS + 3])
+@pytest.mark.parametrize("rows", [1, MLP_ROWS, 2 * MLP_ROWS + 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_multiply(dtype: torch.dtype, rows: int, bias: bool) -> None:
     inputs, weight = drawn(rows, 40, dtype=dtype, seed=1), drawn(24, 40, dtype=dtype, seed=2)
@@ -41,7 +42,7 @@ def test_multiply(dtype: torch.dtype, rows: int, bias: bool) -> None:
 
 @pytest.mark.usefixtures("_working")
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows", [1, products.ROWS, 2 * products.ROWS + 3])
+@pytest.mark.parametrize("rows", [1, MLP_ROWS, 2 * MLP_ROWS + 3])
 def test_swiglu(dtype: torch.dtype, rows: int) -> None:
     inputs, weight = drawn(rows, 40, dtype=dtype, seed=1), drawn(24, 40, dtype=dtype, seed=2)
     with torch.no_grad():
