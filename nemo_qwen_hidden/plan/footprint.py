@@ -56,8 +56,8 @@ def activation_bytes(
     are of the rank's own tokens, and three more are of all: what is gathered, and what is summed before and after.
 
     ``mlp_rows``: the MLP takes so many rows at a time, on a CPU. Then the widest is attention, with four states,
-    queries before and after their turn, keys, values and twice what it gives; or the MLP, with six states, gate-and-up of
-    its rows, and where half precision is widened to fp32 the layer's weights in that.
+    queries before and after their turn, keys, values and twice what it gives; or the MLP, with six states, gate-and-up
+    of its rows, and where half precision is widened to fp32 the layer's weights in that.
     """
     inner = shape.ffn_hidden_size // tp
     states = 3 + -(-5 // tp) if sp else 5
