@@ -212,7 +212,7 @@ def test_the_reasons_and_each_neighbour() -> None:
     )
     assert why(choice) == {
         "tp=2 pp=2 cp=1 dp=2": "slower",
-        "tp=1 pp=2 cp=2 dp=2": "21.8 GB too much",
+        "tp=1 pp=2 cp=2 dp=2": "22.1 GB too much",
         "tp=1 pp=2 cp=1 dp=4": "39.3 GB too much",
         "tp=2 pp=4 cp=1 dp=1": "slower",
         "tp=1 pp=8 cp=1 dp=1": "no faster, sends more",

@@ -79,6 +79,6 @@ def test_the_store_knows_no_model_and_no_process_group() -> None:
     for path in Path(session.__file__).parent.glob("*.py"):
         imports = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         ours = [name for name in imports if name.startswith("nemo_qwen_hidden")]
-        allowed = tuple(f"nemo_qwen_hidden.{room}" for room in ("store", "plan", "errors", "hookpoint"))
+        allowed = tuple(f"nemo_qwen_hidden.{room}" for room in ("store", "plan", "trace", "errors", "hookpoint"))
         assert all(name.startswith(allowed) for name in ours), path
         assert not [name for name in imports if name.startswith(("torch.distributed", "safetensors", "pickle"))], path
