@@ -8,10 +8,7 @@ pages that forked processes share (Python's documentation of ``gc.freeze``).
 
 import gc
 
-from nemo_qwen_hidden.parallel.heap import use_large_pages
-
 gc.disable()
-use_large_pages()  # before torch is there
 
 from nemo_qwen_hidden import running  # noqa: E402, F401
 from nemo_qwen_hidden.model import hidden_model  # noqa: E402, F401

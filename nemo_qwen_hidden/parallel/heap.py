@@ -1,4 +1,4 @@
-"""How a rank takes memory from the kernel and gives it back.
+"""Giving freed memory back to the kernel.
 
 Tensors of many sizes leave gaps in glibc's heap, so that a rank holds more and more over hours though what is in use
 stays the same (glibc 2.36, torch 2.13; ``benchmarks/memory.py`` measures it).
@@ -9,16 +9,6 @@ import os
 from pathlib import Path
 
 MOST_KEPT_BYTES = 32 * 2**20
-
-
-def use_large_pages() -> None:
-    """Has torch ask Linux for pages of 2 MB for its larger tensors, unless the environment says otherwise; to be called
-    before torch allocates any.
-
-    A tensor of some megabytes is new memory from the kernel each time that it is made, which comes in pages of 4 KB
-    otherwise, zeroed one by one (torch 2.13, ``c10/core/impl/alloc_cpu.cpp``).
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class HeapTrimmer:
