@@ -27,6 +27,7 @@ def documents() -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(torch.randint(0, VOCAB - 1, (n,), generator=generator).tolist()) for n in LENGTHS)
 
 
+@pytest.mark.timeout(900)  # six programs start, each with a large library of its own
 def test_every_contestant_gives_our_states(tmp_path: Path) -> None:
     """``Match.play`` raises where they are not; transformers is among those that are compared."""
     folder = save_tiny(tmp_path / "model", TINY, vocab_size=VOCAB)
