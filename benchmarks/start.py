@@ -138,6 +138,7 @@ def get_ready(rank: Rank, job: Job) -> list[float]:
     begun = time.monotonic()
     import torch
 
+    from nemo_qwen_hidden import running
     from nemo_qwen_hidden.model import hidden_model
     from nemo_qwen_hidden.parallel.groups import process_groups
 
@@ -152,14 +153,7 @@ def get_ready(rank: Rank, job: Job) -> list[float]:
     with process_groups(job.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         joined = time.monotonic()
         with mock.patch.object(hidden_model, "load_weights", load_weights):
-            hidden_model.Qwen2HiddenModel.from_pretrained(
-                job.model_folder,
-                groups=groups,
-                dtype=job.settings.precision.compute,
-                num_layers=job.num_layers,
-                final_norm=job.final_norm,
-                split=job.split,
-            )
+            running.load_model(job, groups)
         ready = time.monotonic()
     return [begun, joined - begun, ready - joined - sum(weights), sum(weights)]
 

@@ -101,21 +101,27 @@ def run(
         )
 
 
+def load_model(job: Job, groups: "ProcessGroups") -> "Qwen2HiddenModel":
+    """This rank's part of the job's model, no deeper than its hook points."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    return Qwen2HiddenModel.from_pretrained(
+        job.model_folder,
+        groups=groups,
+        dtype=job.settings.precision.compute,
+        num_layers=job.num_layers,
+        final_norm=job.final_norm,
+        split=job.split,
+    )
+
+
 def _run_missing(job: Job, begun: Begun, groups: "ProcessGroups", report: Report, pulse: Pulse, trace: Trace) -> float:
     """Runs what is missing, until it is durable; the time at which computing began, in seconds of ``perf_counter``."""
-    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.parallel.agree import wait_for_all
 
     report(Phase("loading weights"))
     with trace.span("loading weights"):
-        model = Qwen2HiddenModel.from_pretrained(
-            job.model_folder,
-            groups=groups,
-            dtype=job.settings.precision.compute,
-            num_layers=job.num_layers,
-            final_norm=job.final_norm,
-            split=job.split,
-        )
+        model = load_model(job, groups)
     report(Phase("running"))
     wait_for_all(groups)  # so that the time of running counts nobody's start-up
     start, rows, heap = time.perf_counter(), 0, HeapTrimmer()

@@ -98,13 +98,15 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def start_writing_back(descriptor: int) -> None:
     """Has Linux begin to write to the disk what it holds of a file, and does not wait for that; makes nothing durable.
+    Nothing happens where the system lacks the call, as some sandboxes do: it is a hint, and ``fsync`` comes later.
 
     Raises:
         OSError: what the disk has reported.
     """
     if _libc().sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.ENOSYS:
+            raise OSError(number, os.strerror(number))
 
 
 @cache
