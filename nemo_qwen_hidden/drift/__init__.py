@@ -1,0 +1,1 @@
+"""How the states of the same tokens change from step to step."""

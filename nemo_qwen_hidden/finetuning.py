@@ -1,0 +1,1 @@
+"""A fine-tuning job: NeMo's own training, with capture, from settings."""
