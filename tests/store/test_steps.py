@@ -196,7 +196,7 @@ def test_other_stores_and_other_settings_are_refused(tmp_path: Path) -> None:
     assert files_of(tmp_path / "unfinished").keys() == unfinished.keys()
 
 
-def test_upkeep_takes_such_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_upkeep_takes_such_stores(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from nemo_qwen_hidden.cli.main import main
 
     grow(tmp_path / "train", [("train", step) for step in range(12)])
@@ -210,10 +210,10 @@ def test_upkeep_takes_such_stores(tmp_path: Path, capsys: pytest.CaptureFixture[
     exported = np.load(next((tmp_path / "numpy").glob("embed*.npy")))
     assert np.array_equal(exported[17 * 5 : 17 * 6], values(5, POINTS[0], 17).numpy())
     assert main(["inspect", str(tmp_path / "both")]) == 0
-    shown = capsys.readouterr().err
+    shown = "".join(capfd.readouterr())
     assert "train" in shown and "0 to 11" in shown and "probe" in shown
     assert main(["inspect", str(tmp_path / "both"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"][0] == {
+    assert json.loads(capfd.readouterr().out)["steps"][0] == {
         "phase": "train",
         "step": 0,
         "samples": [[0, 4]],
