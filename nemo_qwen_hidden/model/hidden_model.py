@@ -125,7 +125,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         """
         if labels is not None and not self.config.output_layer:
             raise ConfigError("labels", "need a model that was configured with `output_layer=True`", "no output layer")
-        module = self.module
+        module = _unwrapped(self.module)
         post_process = module.post_process
         module.post_process = labels is not None and post_process
         try:
@@ -185,6 +185,13 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture, trace=trace)
         with staged(sink, self.groups.device) as on_host:
             pipeline.run(mine, tokens, on_host, done)
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    """Megatron's model, under what NeMo's strategy wraps around it for training."""
+    while not isinstance(module, MCoreGPTModel):
+        module = module.module
+    return module
 
 
 def _checked_stages(
