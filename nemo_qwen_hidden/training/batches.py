@@ -79,14 +79,13 @@ class Batch:
 def lengths_of(batch: Mapping[str, Any]) -> Sequence[int]:
     """How many tokens each sample of a batch has, as the batch itself says.
 
-    ``lengths``, the name that ``TextData`` of this package uses, says just that. In NeMo 2.7.3 (``llm/gpt/data/core.py``)
-    ``token_count`` says it of a packed sample (line 783), whose padding is at its end; of another it counts one token
-    more (line 614), since what is predicted last is no input. A batch without any padding needs to say nothing.
+    ``lengths`` says just that. In NeMo 2.7.3 (``llm/gpt/data/core.py``) ``token_count`` says it of a packed sample
+    (line 783), whose padding is at its end; of another it counts one token more (line 614), since the token that is
+    predicted last is no input. A batch without padding needs to say nothing.
 
     Raises:
         ConfigError: a batch of NeMo's chat data, which is padded and does not say how far.
     """
-    tokens = batch["tokens"]
     if "lengths" in batch:
         return [int(length) for length in batch["lengths"]]
     if "token_count" in batch:

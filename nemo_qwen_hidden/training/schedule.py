@@ -75,8 +75,9 @@ class Schedule:
 
 
 def _counts(numbers: object) -> bool:
-    is_sequence = isinstance(numbers, Sequence) and not isinstance(numbers, str)
-    return is_sequence and all(_whole(number) and number >= 0 for number in numbers)
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str):
+        return False
+    return all(_whole(number) and number >= 0 for number in numbers)
 
 
 def _whole(number: object) -> bool:

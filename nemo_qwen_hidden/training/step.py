@@ -37,12 +37,9 @@ class CapturedStep:
         self._slices: list[LocalSlice] = []
 
     def fed(self, noted: Noted, numbering: Numbering) -> Callable[[int], Fed | None]:
-        """What each microbatch of one of NeMo's steps is, as soon as its batch has been noted; of a validation there are
-        several. None where no sample of it is chosen.
-
-        Raises (what it returns):
-            ConfigError: batches that are not as the sampler's numbers, or see ``Batch.of``.
-        """
+        """What each microbatch of a step of NeMo's is, as soon as its batch has been noted; None where no sample of it
+        is chosen. A validation has several steps. Raises as ``Batch.of`` does, and where the numbers of samples are not
+        known."""
         found: dict[int, Fed | None] = {}
         first = self._microbatches
         self._microbatches += numbering.microbatches
