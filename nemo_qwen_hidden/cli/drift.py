@@ -46,7 +46,7 @@ def add_command(add: Add) -> None:
     drift.add_argument("--reference", type=int, metavar="STEP", help="compare with this step, not with the first")
     drift.add_argument("--hook-points", metavar="A,B", help="names with commas between; by default all")
     drift.add_argument("--labels", metavar="FIELD", help="what the linear probe tells apart")
-    drift.add_argument("--documents", metavar="FILE", help="JSONL with FIELD; by default what the store names")
+    drift.add_argument("--documents", metavar="FILE", help="JSONL of the probe documents, with FIELD")
     drift.add_argument("--max-norm", type=float, metavar="M", help="outliers are norms above M times the median (10)")
     drift.add_argument("--json", action="store_true", help="all values for programs: JSON on stdout")
     drift.add_argument("--quiet", action="store_true", help="no progress, only the result")
@@ -66,6 +66,9 @@ def _drift(parsed: argparse.Namespace) -> int:
     max_norm = MAX_NORM if parsed.max_norm is None else parsed.max_norm
     if not max_norm > 0:
         raise ConfigError("--max-norm", "must be above 0", max_norm)
+    if (parsed.labels is None) != (parsed.documents is None):
+        rule = "must stand with the other: the field, and the file of the probe documents that have it"
+        raise ConfigError("--labels, --documents", rule, parsed.labels or parsed.documents)
     if parsed.to is not None:
         check_matplotlib()
     probe = ProbeSet(open_store(parsed.store))
@@ -96,19 +99,12 @@ def _drift(parsed: argparse.Namespace) -> int:
 def _labels(probe: "ProbeSet", parsed: argparse.Namespace) -> "Labels | None":
     from nemo_qwen_hidden.drift.labels import from_field, repeated_tokens
     from nemo_qwen_hidden.drift.probe_accuracy import can_be_told
-    from nemo_qwen_hidden.errors import ConfigError
 
     step = probe.steps[0]
     if parsed.labels is None:
-        if parsed.documents is not None:
-            raise ConfigError("--documents", "must stand with --labels, which names a field of its records", "without")
         labels = repeated_tokens(probe, step)
         return labels if can_be_told(labels) else None
-    path = parsed.documents or probe.documents_path(step)
-    if path is None:
-        rule = "must name the JSONL file of the probe documents, since the store does not"
-        raise ConfigError("--documents", rule, parsed.documents)
-    return from_field(probe, step, parsed.labels, path)
+    return from_field(probe, step, parsed.labels, parsed.documents)
 
 
 def _folder(path: str) -> Path:

@@ -4,28 +4,18 @@ Legend: K states of one step, n of a block, H numbers in each.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.read.reader import Store
+from nemo_qwen_hidden.store.read.steps import StepView
 from nemo_qwen_hidden.store.read.tokens import PartTokens
 
 PHASE = "probe"
 BLOCK_NUMBERS = 1 << 21
 """Of one step that are looked at together, about: 16 MB in float64."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeStep:
-    """One captured step. part: of the store. states: of the store, those of this part."""
-
-    step: int
-    part: int
-    states: range
 
 
 class ProbeSet:
@@ -35,14 +25,16 @@ class ProbeSet:
         steps: that were captured, ascending.
 
     Raises:
-        StoreError: no part of the store is a captured step of a probe set, or two are of the same step.
+        StoreError: the store holds no captured step of a probe set.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._steps = _probe_steps(store)
+        self.steps = tuple(sorted(entry.step for entry in store.steps if entry.phase == PHASE))
+        if not self.steps:
+            rule = "must hold captured steps of a probe set, as ProbeSetCallback writes them while a model is trained"
+            raise StoreError("store", rule, self.path)
         self._alike: set[tuple[int, int]] = set()
-        self.steps = tuple(sorted(self._steps))
 
     @property
     def path(self) -> str:
@@ -59,15 +51,15 @@ class ProbeSet:
 
     def size(self, step: int) -> int:
         """K, the number of states of ``step`` at each hook point."""
-        return len(self._step(step).states)
+        return self._at(step).states
 
     def documents(self, step: int) -> int:
         """The number of documents of ``step``."""
-        return self.tokens(step).documents
+        return self._at(step).documents
 
     def tokens(self, step: int) -> PartTokens:
         """The token table of ``step``, whose rows and documents are counted from 0."""
-        return self._store.tokens.part(self._step(step).part)
+        return self._at(step).tokens
 
     def rows_of_states(self, step: int) -> NDArray[np.int64]:
         """[K], the row of each state in the token table of ``step``."""
@@ -78,11 +70,6 @@ class ProbeSet:
         tokens, prefix = self.tokens(step), f"{PHASE}/{step}/"
         return [tokens.document_info(number).id.removeprefix(prefix) for number in range(tokens.documents)]
 
-    def documents_path(self, step: int) -> str | None:
-        """Where the documents of ``step`` came from, where the store says so."""
-        path = self._store.manifest.parts[self._step(step).part].data.get("path")
-        return path if isinstance(path, str) else None
-
     def check_alike(self, step: int, reference: int) -> None:
         """Whether two steps hold states of the same tokens.
 
@@ -90,7 +77,7 @@ class ProbeSet:
             StoreError: one of them was not captured, or they do not.
         """
         if step == reference or (step, reference) in self._alike:
-            self._step(step)
+            self._at(step)
             return
         one, other = self.tokens(step), self.tokens(reference)
         for what, here, there in (
@@ -104,11 +91,10 @@ class ProbeSet:
         self._alike.add((step, reference))
 
     def values(self, step: int, hook_point: str, states: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, H] of some states of ``step``, counted from 0 in it."""
-        first = self._step(step).states.start
+        """[n, H] of some states of ``step``, ascending, counted from 0 in it."""
         consecutive = len(states) and int(states[-1]) - int(states[0]) == len(states) - 1
-        chosen = range(first + int(states[0]), first + int(states[-1]) + 1) if consecutive else states + first
-        values: NDArray[np.float32] = self._store[hook_point].float().numpy(chosen)
+        chosen = slice(int(states[0]), int(states[-1]) + 1) if consecutive else states
+        values: NDArray[np.float32] = self._at(step)[hook_point].float().numpy(chosen)
         return values
 
     def blocks(self, hook_point: str, states: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -116,28 +102,6 @@ class ProbeSet:
         size = max(1, BLOCK_NUMBERS // self.width(hook_point))
         return (states[start : start + size] for start in range(0, len(states), size))
 
-    def _step(self, step: int) -> ProbeStep:
-        if step not in self._steps:
-            shown = ", ".join(
-                map(str, self.steps if len(self.steps) <= 8 else (*self.steps[:6], "...", self.steps[-1]))
-            )
-            raise StoreError("step", f"must be one that {self.path} holds of its probe set ({shown})", step)
-        return self._steps[step]
-
-
-def _probe_steps(store: Store) -> dict[int, ProbeStep]:
-    found: dict[int, ProbeStep] = {}
-    starts = accumulate((part.states for part in store.manifest.parts), initial=0)
-    for number, (part, (start, stop)) in enumerate(zip(store.manifest.parts, pairwise(starts), strict=True)):
-        if part.data.get("phase") != PHASE:
-            continue
-        step = part.data.get("step")
-        if type(step) is not int:
-            raise StoreError(f"{store.path}: part {number}: step", "must be a whole number", step)
-        if step in found:
-            raise StoreError("store", f"must hold step {step} of its probe set once", str(store.path))
-        found[step] = ProbeStep(step=step, part=number, states=range(start, stop))
-    if not found:
-        rule = "must hold captured steps of a probe set, as ProbeSetCallback writes them while a model is trained"
-        raise StoreError("store", rule, str(store.path))
-    return found
+    def _at(self, step: int) -> StepView:
+        """UnknownStepError where it was not captured."""
+        return self._store.at(step=step, phase=PHASE)

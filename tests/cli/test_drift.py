@@ -87,7 +87,7 @@ def test_one_document_has_no_probe(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_what_is_not_there_is_refused(store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "captured steps of a probe set" in refused(["drift", str(make_store(tmp_path / "plain").path)], capfd)
     assert "must be the folder of a store" in refused(["drift", str(tmp_path / "none")], capfd)
-    assert "(0, 5, 10), but is 7" in refused(["drift", str(store), "--reference", "7"], capfd)
+    assert "(3, 0 to 10), but is 7" in refused(["drift", str(store), "--reference", "7"], capfd)
     assert "resid_post@9" in refused(["drift", str(store), "--hook-points", "resid_post@9"], capfd)
     assert "--documents" in refused(["drift", str(store), "--labels", "kind"], capfd)
     assert "--labels" in refused(["drift", str(store), "--documents", "docs.jsonl"], capfd)

@@ -1,7 +1,6 @@
 """Stores of a probe set, as training makes them: a part for each captured step, with the same documents."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -10,11 +9,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nemo_qwen_hidden.hookpoint import HookPoint
-from nemo_qwen_hidden.store.entries import Part
+from nemo_qwen_hidden.store.captured import CapturedStep
 from nemo_qwen_hidden.store.read.reader import Store, open_store
-from nemo_qwen_hidden.store.write import session
-from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
-from tests.store.helpers import draft, finish, write_states
+from nemo_qwen_hidden.store.write.step_files import States as Pieces
+from nemo_qwen_hidden.store.write.step_files import StepFiles, check_shares
+from nemo_qwen_hidden.store.write.steps import GrowingStore, StepDocument
+from tests.store.growing import description
+from tests.store.helpers import Run
 
 POINTS = (HookPoint("embed"), HookPoint("resid_post", 0), HookPoint("resid_post", 3))
 LENGTHS = (5, 9, 1, 12, 7, 8)
@@ -43,51 +44,40 @@ def make_steps(
     token_ids: Mapping[int, ArrayLike] | ArrayLike | None = None,
     lengths: Sequence[int] = LENGTHS,
     shard_rows: int = 11,
-    dtype: str = "fp32",
     kept: Sequence[int] | None = None,
     phase: str = "probe",
     names: Sequence[str] | None = None,
 ) -> Store:
-    """A finished store, its steps in the order of ``states``. token_ids: of all steps, or of each. kept: positions in
-    each document whose states are stored, all by default."""
+    """A finished store. token_ids: of all steps, or of each. kept: positions in each document whose states are stored,
+    all by default. names: ids of the documents."""
     given = np.random.default_rng(7).integers(0, 9, sum(lengths)) if token_ids is None else token_ids
     first = next(iter(states.values()))
-    with session.locked(path):
-        with session.staging(path) as staged:
-            parts: list[Part] = []
-            for number, step in enumerate(states):
-                ids = np.asarray(given[step] if isinstance(given, Mapping) else given, np.int32)
-                part = _tokens(staged, number, f"{phase}/{step}/", ids, lengths, shard_rows, kept, names)
-                rows = (sum(p.rows for p in parts), sum(p.documents for p in parts))
-                data = {"phase": phase, "step": step}
-                parts.append(replace(part, first_row=rows[0], first_document=rows[1], data=data))
-            width = next(iter(first.values())).shape[1]
-            target = draft(*parts, points=tuple(first), hidden_size=width, stored_dtype=dtype)
-            session.start(path, target, {}, staged=staged)
-        joined = {
-            point: torch.from_numpy(np.concatenate([values[point] for values in states.values()])) for point in first
-        }
-        stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        write_states(
-            path, target, {point: values.to(stored) for point, values in joined.items()}, [range(target.states)]
-        )
-        finish(path, target)
+    what = description(tuple(first), hidden_size=next(iter(first.values())).shape[1])
+    with GrowingStore(path, what, shard_rows=shard_rows) as store:
+        files = StepFiles(path, store.producers)
+        for step, by_point in states.items():
+            ids = np.asarray(given[step] if isinstance(given, Mapping) else given, np.int32)
+            captured = CapturedStep(phase=phase, step=step, samples=((0, len(lengths)),))
+            begun = store.begin(captured, _documents(ids, lengths, kept, names))
+            runs = [Run(0, begun.target.states)]
+            written = files.write(
+                begun, [Pieces(point=p, runs=runs, values=torch.from_numpy(x)) for p, x in by_point.items()]
+            )
+            store.add(files.seal(begun, list(begun.target.missing()), check_shares(begun.target, [written])))
+        files.sync()
+        files.close()
     return open_store(path)
 
 
-def _tokens(
-    folder: Path,
-    number: int,
-    prefix: str,
-    token_ids: NDArray[np.int32],
-    lengths: Sequence[int],
-    shard_rows: int,
-    kept: Sequence[int] | None,
-    names: Sequence[str] | None,
-) -> Part:
-    with TokenTableWriter(folder, shard_rows=shard_rows, part=number) as writer:
-        for index, (start, stop) in enumerate(pairwise(accumulate(lengths, initial=0))):
-            inside = None if kept is None else np.array([k for k in kept if k < stop - start], np.int64)
-            name = names[index] if names else f"doc-{index}"
-            writer.append(document_id=prefix + name, source="docs.jsonl", token_ids=token_ids[start:stop], kept=inside)
-    return writer.close()
+def _documents(
+    token_ids: NDArray[np.int32], lengths: Sequence[int], kept: Sequence[int] | None, names: Sequence[str] | None
+) -> list[StepDocument]:
+    return [
+        StepDocument(
+            id=names[index] if names else f"doc-{index}",
+            source="docs.jsonl",
+            token_ids=token_ids[start:stop],
+            kept=None if kept is None else np.array([k for k in kept if k < stop - start], np.int64),
+        )
+        for index, (start, stop) in enumerate(pairwise(accumulate(lengths, initial=0)))
+    ]
