@@ -85,7 +85,7 @@ def from_field(probe: ProbeSet, step: int, field: str, path: str, *, id_field: s
         raise DataError("labels", f"must name a field of the records in '{path}'", field)
     numbers = {label: number for number, label in enumerate(classes)}
     given = np.array([UNLABELLED if label is None else numbers[label] for label in of_rows], np.int64)
-    return _of_rows(probe, step, f"`{field}`", tuple(classes), given)
+    return _of_rows(probe, step, field, tuple(classes), given)
 
 
 def _of_document(value: object, tokens: int, place: str) -> Sequence[str | None]:

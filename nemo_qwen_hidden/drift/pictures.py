@@ -1,7 +1,7 @@
 """The drift over all captured steps of a store, as pictures. The same values give the same bytes.
 
-Colours are those of viridis and cividis, which people tell apart who do not see red or green, and a printer without
-colours does too.
+Colours are those of viridis, from dark to light, which people tell apart who do not see red or green, and so does paper
+without colours.
 """
 
 import math
@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nemo_qwen_hidden.drift.report import Report, Series, evenly
+from nemo_qwen_hidden.drift.report import Report, Series
 from nemo_qwen_hidden.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 FORMATS = ("png", "svg")
 DPI = 100
 MOST_TICKS = 12
-MOST_NUMBERED = 120
-"""Cells of a heat map that have their values written into them."""
+MOST_ROWS = 24
+MOST_NUMBERED = 10
+"""Steps of a heat map whose cells have their values written into them."""
 
 _METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
@@ -67,7 +70,8 @@ def draw(report: Report, folder: Path, *, form: str = "png") -> list[Path]:
 
 
 def similarity(report: Report) -> "Figure":
-    """Heat maps, hook points by steps: cosine and linear CKA; CKA without outliers too, where there are any."""
+    """Heat maps, hook points by steps, of one scale: cosine and linear CKA; CKA without outliers too, where there are
+    any."""
     since = f"to step {report.reference}"
     panels = [(f"mean cosine {since}", "cosine"), (f"linear CKA {since}", "cka_inliers")]
     if report.has_outliers:
@@ -75,12 +79,15 @@ def similarity(report: Report) -> "Figure":
             (f"linear CKA {since}, without outliers", "cka_inliers"),
             (f"linear CKA {since}, all states", "cka"),
         ]
-    figure = _figure(1.0 + 4.4 * len(panels), 1.5 + 0.3 * min(max(len(report.hook_points), 4), 24))
-    for axes, (title, name) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        _heat_map(axes, report, report.measures[name])
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.label_outer()
+    values = {name: np.array([report.measures[name][point] for point in report.hook_points]) for _, name in panels}
+    low = min(0.99, *(float(np.nanmin(each, initial=1.0)) for each in values.values()))
+    figure = _figure(1.6 + 4.2 * len(panels), 1.5 + 0.3 * min(max(len(report.hook_points), 4), MOST_ROWS))
+    axes = list(figure.subplots(1, len(panels), sharey=True))
+    for panel, (title, name) in zip(axes, panels, strict=True):
+        image = _heat_map(panel, report, values[name], low)
+        panel.set_title(title)
+        panel.label_outer()
+    figure.colorbar(image, ax=axes, pad=0.02)
     return figure
 
 
@@ -138,26 +145,28 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _heat_map(axes: "Axes", report: Report, series: Series) -> None:
+def _heat_map(axes: "Axes", report: Report, values: NDArray[np.float64], low: float) -> "AxesImage":
+    """values: [hook points, steps]; grey where one is not defined. low: of the scale, which ends at 1."""
     from matplotlib import colormaps
 
-    values = np.array([series[point] for point in report.hook_points])
-    low = min(float(np.nanmin(values, initial=1.0)), 0.99)
-    colours = colormaps["cividis"].with_extremes(bad="lightgrey")
+    colours = colormaps["viridis"].with_extremes(bad="lightgrey")
     image = axes.imshow(values, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=1.0, interpolation="none")
-    rows, columns = evenly(report.hook_points, 24), evenly(report.steps, MOST_TICKS)
+    rows, columns = _every(report.hook_points, MOST_ROWS), _every(report.steps, MOST_TICKS)
     axes.set_yticks(rows, [report.hook_points[place] for place in rows])
     axes.set_xticks(columns, [f"{report.steps[place]:,}" for place in columns])
-    if len(columns) > 8:
-        axes.tick_params(axis="x", labelrotation=45)
-    if axes.figure is not None:
-        axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
-    if values.size > MOST_NUMBERED or len(report.steps) > 10:
-        return
+    axes.set_xlabel("step")
+    if len(report.steps) > MOST_NUMBERED or len(report.hook_points) > MOST_ROWS:
+        return image
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
             colour = "white" if value < (low + 1) / 2 else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    return image
+
+
+def _every(items: Sequence[Any], most: int) -> list[int]:
+    """The places of at most ``most`` of ``items``, at equal distances."""
+    return list(range(0, len(items), -(-len(items) // most)))
 
 
 def _lines(axes: "Axes", report: Report, series: Series) -> None:
@@ -198,7 +207,7 @@ def _depth_bar(figure: "Figure", axes: "Sequence[Axes]", report: Report) -> None
     count = len(report.hook_points)
     norm = BoundaryNorm(np.arange(count + 1) - 0.5, count)
     bar = figure.colorbar(ScalarMappable(norm, ListedColormap(_colours(count))), ax=axes, pad=0.02)
-    places = evenly(report.hook_points, 24)
+    places = _every(report.hook_points, MOST_ROWS)
     bar.set_ticks(places, labels=[report.hook_points[place] for place in places])
     bar.ax.tick_params(length=0)
     bar.ax.minorticks_off()

@@ -75,7 +75,7 @@ def test_pictures_and_json(store: Path, documents: Path, tmp_path: Path, capfd: 
     found = json.loads(out)
     assert found == json.loads((folder / "drift.json").read_text())
     assert (found["reference"], found["hook_points"]) == (5, ["resid_post@3", "embed"])
-    assert found["probe"]["name"] == "`kind`" and found["probe"]["classes"] == ["a", "b"]
+    assert found["probe"]["name"] == "kind" and found["probe"]["classes"] == ["a", "b"]
 
 
 def test_one_document_has_no_probe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
