@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nemo_qwen_hidden.parallel.launch import Rank
-from tests.support.training import Job, Outcome, Piece, trainer_of
+from tests.support.training import Job, Piece, trainer_of
 
 
 @dataclass(frozen=True)
