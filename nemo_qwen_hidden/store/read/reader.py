@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.store.captured import captured_steps
 from nemo_qwen_hidden.store.entries import FileEntry
 from nemo_qwen_hidden.store.fields import load_json
 from nemo_qwen_hidden.store.folder import describe_marker
@@ -26,7 +27,8 @@ from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
 from nemo_qwen_hidden.store.read.mapped import MappedShards
 from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Folder, Source
-from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
+from nemo_qwen_hidden.store.read.steps import StepEntry, StepView, UnknownStepError
+from nemo_qwen_hidden.store.read.stored import ShardReader, StoredStates, check_shard
 from nemo_qwen_hidden.store.read.tokens import TokenTable
 from nemo_qwen_hidden.store.read.views import HookPointView
 from nemo_qwen_hidden.store.shard import DIVISOR
@@ -88,7 +90,7 @@ class Store:
         self.path, self.manifest, self.tokens = path, manifest, TokenTable(source, manifest.parts)
         self._source, self._shards, self._options = source, shards, options
         self._numbers = {str(point): number for number, point in enumerate(manifest.points)}
-        self._statistics: dict[int, Statistics] = {}
+        self._statistics: dict[tuple[int, range], Statistics] = {}
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -176,15 +178,19 @@ class Store:
     def read_views(self, states: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
         """The same states of several views, each [n, H], or [H] for an int."""
         chosen = self._chosen(states)
-        numbers = [self._numbers[str(view.hook_point)] for view in views]
-        if isinstance(chosen, int):
-            found = self._shards.consecutive(numbers, chosen, 1)
-        elif isinstance(chosen, range) and chosen.step == 1:
-            found = self._shards.consecutive(numbers, chosen.start, len(chosen))
-        else:
-            found = self._shards.scattered(numbers, np.asarray(chosen, np.int64))
+        found = self.stored(chosen, views)
         values = [view.finish(stored.decoded(), chosen) for view, stored in zip(views, found, strict=True)]
         return [value[0] for value in values] if isinstance(chosen, int) else values
+
+    def stored(self, states: Rows, views: Sequence[HookPointView]) -> list[StoredStates]:
+        """The same states at the hook points of several views, as they lie in shards: each [n, H], n = 1 for an int."""
+        chosen = self._chosen(states)
+        numbers = [self._numbers[str(view.hook_point)] for view in views]
+        if isinstance(chosen, int):
+            return self._shards.consecutive(numbers, chosen, 1)
+        if isinstance(chosen, range) and chosen.step == 1:
+            return self._shards.consecutive(numbers, chosen.start, len(chosen))
+        return self._shards.scattered(numbers, np.asarray(chosen, np.int64))
 
     def divisor(self, hook_point: str | HookPoint, states: Rows) -> torch.Tensor:
         """fp32 [n], or a scalar for an int: what the final norm divided each of these states by: sqrt(mean(x**2) + eps)
@@ -209,25 +215,71 @@ class Store:
             found[here] = tensors[DIVISOR][places[here] - listed.first_row]
         return torch.from_numpy(found)[0] if isinstance(chosen, int) else torch.from_numpy(found)
 
+    @cached_property
+    def steps(self) -> tuple[StepEntry, ...]:
+        """The captured steps of a training run, in the order in which they were captured; of a store that an extraction
+        has made there are none.
+
+        Raises:
+            StoreError: what the manifest says of one is not what it should be.
+        """
+        parts, first_states = self.manifest.parts, self.manifest.first_states
+        return tuple(
+            StepEntry(
+                phase=step.phase,
+                step=step.step,
+                samples=step.samples,
+                part=number,
+                rows=range(parts[number].first_row, parts[number].first_row + parts[number].rows),
+                states=range(first_states[number], first_states[number + 1]),
+                documents=range(parts[number].first_document, parts[number].first_document + parts[number].documents),
+            )
+            for number, step in captured_steps(parts, str(self.path))
+        )
+
+    @cached_property
+    def _steps(self) -> dict[tuple[str, int], StepEntry]:
+        return {(entry.phase, entry.step): entry for entry in self.steps}
+
+    def at(self, *, step: int, phase: str | None = None) -> StepView:
+        """One captured step, to be read as if it were a store of its own. phase: may be left out where the store has
+        steps of one phase alone.
+
+        Raises:
+            UnknownStepError: the store does not hold it; or it has several phases and none is given.
+        """
+        phases = sorted({entry.phase for entry in self.steps})
+        if phase is None and len(phases) > 1:
+            raise UnknownStepError("phase", f"must be one that {self.path} holds ({', '.join(phases)})", None)
+        entry = self._steps.get((phases[0] if phase is None and phases else phase or "", step))
+        if entry is None:
+            held = [known.step for known in self.steps if phase in (None, known.phase)]
+            among = f"{len(held)}, {held[0]} to {held[-1]}" if held else "none"
+            rule = f"must be a captured step{'' if phase is None else f' of phase {phase!r}'} that {self.path} holds"
+            raise UnknownStepError("step", f"{rule} ({among})", step)
+        return StepView(self, entry)
+
     def document(self, index: int) -> "StoredDocument":
         """Document number ``index``; IndexError where there is none."""
         info = self.tokens.document_info(index)
         rows, states = self.tokens.document_rows(index), self.tokens.document_states(index)
         return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, states=states, store=self)
 
-    def statistics(self, hook_point: str | HookPoint) -> Statistics:
-        """Of the stored values of one hook point; the first call reads arrays beside the values of every shard.
+    def statistics(self, hook_point: str | HookPoint, shards: range | None = None) -> Statistics:
+        """Of the stored values of one hook point, or of some of its shards; the first call reads arrays beside the
+        values of every shard.
 
         Raises:
             UnknownHookPointError: the store lacks it. StoreError: a shard is not what the manifest says.
         """
         number = self._number(hook_point)
-        if number not in self._statistics:
-            listed = self.manifest.hook_points[number].present
-            known = zip(listed, self._shards.sums(number), strict=True)
-            shards = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
-            self._statistics[number] = merge(shards, self.manifest.hook_points[number].width)
-        return self._statistics[number]
+        asked = range(self.manifest.grid.shards) if shards is None else shards
+        if (number, asked) not in self._statistics:
+            listed = self.manifest.hook_points[number].present[asked.start : asked.stop]
+            known = zip(listed, self._shards.sums(number, asked), strict=True)
+            each = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
+            self._statistics[number, asked] = merge(each, self.manifest.hook_points[number].width)
+        return self._statistics[number, asked]
 
     @cached_property
     def final_norm(self) -> tuple[torch.Tensor, float]:
