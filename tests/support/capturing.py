@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nemo_qwen_hidden.parallel.launch import Rank
-from tests.support.training import Job, Outcome, Piece, trainer_of
+from tests.support.training import Job, Piece, trainer_of
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,7 @@ def transformers_model(folder: Path, weights: dict[str, np.ndarray]) -> Any:
     return model
 
 
-def expected_states(
-    model: Any, token_ids: Sequence[int], points: Sequence[str]
-) -> dict[tuple[str, int], np.ndarray]:
+def expected_states(model: Any, token_ids: Sequence[int], points: Sequence[str]) -> dict[tuple[str, int], np.ndarray]:
     """States of one sample by hook point and position, by hooks on transformers' modules."""
     taken: dict[str, torch.Tensor] = {}
     handles = []

@@ -157,7 +157,9 @@ def train(rank: Rank, folder: Path, jobs: Sequence[Job], callbacks: Sequence[Cal
     return [train_one(rank, job, folder, [make() for make in callbacks]) for job in jobs]
 
 
-def train_one(rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = (), result: Wanted | None = None) -> Outcome:
+def train_one(
+    rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = (), result: Wanted | None = None
+) -> Outcome:
     """``result``: of the trainer after the run."""
     outcome, watcher = Outcome(), _watcher()
     with trainer_of(rank, job, folder, [watcher, *callbacks]) as (trainer, model, data):

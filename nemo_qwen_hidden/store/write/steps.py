@@ -186,6 +186,10 @@ class GrowingStore:
                 session.end(self.path)
         return self.manifest
 
+    def abandon(self) -> None:
+        """Leaves everything to the next that opens the store; does nothing after ``finish``."""
+        self._resources.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -195,7 +199,7 @@ class GrowingStore:
         if kind is None:
             self.finish()
         else:
-            self._resources.close()
+            self.abandon()
 
     def _publish(self) -> None:
         start = time.monotonic()
