@@ -176,6 +176,7 @@ def expected_states(model: Any, token_ids: Sequence[int], points: Sequence[str])
             "attn_out": layer.self_attn,
             "z": layer.self_attn.o_proj,
             "mlp_act": layer.mlp.down_proj,
+            "mlp_out": layer.mlp,
         }
         take(point, modules[site], given=site in ("z", "mlp_act"))
     with torch.no_grad():

@@ -106,6 +106,7 @@ def trainer_of(rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = ()
     data = BlockData(
         batch_blocks(job.steps * job.global_batch_size),
         batch_blocks(job.validation, seed=12) if job.validation else None,
+        seq_length=SEQ_LENGTH,
         samples=job.steps * job.global_batch_size,
         micro_batch_size=job.micro_batch_size,
         global_batch_size=job.global_batch_size,
