@@ -14,7 +14,7 @@ from nemo_qwen_hidden.training.observer import Fed
 from nemo_qwen_hidden.training.recorder import ROW_STRIDE, Sample, StepStates
 
 
-class CapturedStep:
+class StepInProgress:
     """Gathers what this rank has of one captured step.
 
     chooses: whether a sample is wanted. lengths: see ``Batch.of``. dtype: of what is kept; None: as it comes.
