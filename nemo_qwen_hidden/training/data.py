@@ -216,5 +216,7 @@ def _blocks(documents: Sequence[NDArray[np.int32]], end: int | None, seq_length:
     parts = [part for document in documents for part in (document, np.array([] if end is None else [end], np.int32))]
     tokens = np.concatenate([np.empty(0, np.int32), *parts])
     count = max(0, (len(tokens) - 1) // seq_length)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
+    )
     return np.ascontiguousarray(windows[: count * seq_length : seq_length], np.int32)
