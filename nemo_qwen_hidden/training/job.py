@@ -36,8 +36,8 @@ class FinetuningJob:
 
     @property
     def log_path(self) -> Path:
-        """The file in the run's folder for what libraries say."""
-        return self.run_path / "log.txt"
+        """The file beside the run's folder for what libraries say; within, NeMo moves files about."""
+        return self.run_path.with_name(f"{self.run_path.name}.log")
 
     @property
     def fields(self) -> dict[str, str]:
