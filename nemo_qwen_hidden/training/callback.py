@@ -223,9 +223,7 @@ class HiddenStatesCallback(Callback, IOMixin):
     ) -> Recorder:
         """A run that begins drops nothing of a store that is there, which is then refused."""
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
-        what = describe(
-            config, points, groups, work="training", compute=compute, stored=self._dtype or compute
-        )
+        what = describe(config, points, groups, work="training", compute=compute, stored=self._dtype or compute)
         return Recorder(folder, what, groups, resume_at=step or None, nonfinite=self._nonfinite)
 
     def _hand_on(self) -> None:
