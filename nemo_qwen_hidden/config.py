@@ -231,12 +231,17 @@ class WatchSettings:
     """Which hidden states of a run are captured while it trains; where is ``capture.hook_points``.
 
     store: the folder of the store for them; None captures nothing. every: steps between captures. phases: of
-    ``train`` and ``validation``.
+    ``train`` and ``validation``. probe: the folder of the store for a fixed probe set, the same documents through the
+    model at each captured step; None has none. probe_data: these documents; None: the embedded text. probe_labels: what
+    a linear probe tells apart in the logged drift, a field of their records or ``repeated``; None has no linear probe.
     """
 
     store: str | None = None
     every: int = 10
     phases: tuple[str, ...] = ("train",)
+    probe: str | None = None
+    probe_data: str | None = None
+    probe_labels: str | None = "repeated"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,16 +159,29 @@ def _logger(job: FinetuningJob) -> Logger:
 
 def _watchers(job: FinetuningJob) -> list[Callback]:
     """Callbacks that capture hidden states while the model trains."""
-    watch = job.settings.watch
-    if watch.store is None:
-        return []
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
+    watch, points = job.settings.watch, [str(point) for point in job.points]
+    watchers: list[Callback] = []
+    if watch.store is not None:
+        from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 
-    return [
-        HiddenStatesCallback(
-            hook_points=[str(point) for point in job.points], to=watch.store, every=watch.every, phases=watch.phases
+        watchers.append(
+            HiddenStatesCallback(hook_points=points, to=watch.store, every=watch.every, phases=watch.phases)
         )
-    ]
+    if watch.probe is not None:
+        from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+
+        watchers.append(
+            ProbeSetCallback(
+                hook_points=points,
+                to=watch.probe,
+                documents=watch.probe_data,
+                every=watch.every,
+                tokenizer=job.model_folder,
+                labels=watch.probe_labels,
+                **job.fields,
+            )
+        )
+    return watchers
 
 
 class _Progress(Callback):
