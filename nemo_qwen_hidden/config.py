@@ -191,12 +191,12 @@ class Settings:
 class TrainSettings:
     """How a model is fine-tuned.
 
-    lr falls to ``min_lr`` by a cosine over ``max_steps``, after ``warmup_steps`` of rising from 0. seq_length: tokens of a
-    sequence. validation_part: of the documents, the last ones. validation_every, checkpoint_every: steps.
-    validation_batches: global batches of one validation; None for all. keep_checkpoints: beside the last, of those before it. recompute: what
-    is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of attention; ``uniform``,
-    all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of each stage. seed: of the
-    order of the data. log_every: steps between lines of progress.
+    lr falls to ``min_lr`` by a cosine over ``max_steps``, after ``warmup_steps`` of rising from 0. seq_length: tokens
+    of a sequence. validation_part: of the documents, the last ones. validation_every, checkpoint_every: steps.
+    validation_batches: global batches of one validation; None for all. keep_checkpoints: of those before the last.
+    recompute: what is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of
+    attention; ``uniform``, all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of
+    each stage. seed: of the order of the data. log_every: steps between lines of progress.
     """
 
     max_steps: int = 100

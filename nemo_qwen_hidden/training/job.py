@@ -96,13 +96,13 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     return job
 
 
-def _training_problems(
-    settings: FinetuneSettings, architecture: Architecture, topology: Topology
-) -> list[UserError]:
+def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:
     problems: list[UserError] = []
     train, vocab_size = settings.train, architecture.shape.vocab_size
     if vocab_size % topology.tp:  # padding would take part in the loss
-        problems.append(ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp))
+        problems.append(
+            ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
+        )
     at_once = train.micro_batch_size * topology.dp
     if train.global_batch_size % at_once:
         rule = f"must be a multiple of `train.micro_batch_size` times the replicas ({at_once})"

@@ -1,4 +1,4 @@
-"""One rank's part of a fine-tuning run: NeMo's trainer, strategy, optimizer, logger, checkpoints and resumption, wired."""
+"""One rank's part of a fine-tuning run: NeMo's trainer, strategy, optimizer, logger and checkpoints, wired."""
 
 import os
 import shutil
@@ -89,7 +89,7 @@ def _model(job: FinetuningJob) -> Qwen2Model:
 
 
 def _tokenizer(job: FinetuningJob) -> AutoTokenizer | None:
-    """The model's, for the checkpoints; out of a folder with nothing else, which NeMo copies whole into each of them."""
+    """The model's, for the checkpoints; out of a folder with nothing else, which NeMo copies whole into each."""
     if not (job.model_folder / "tokenizer.json").is_file():
         return None  # the data are token ids
     folder = job.run_path / "tokenizer"
