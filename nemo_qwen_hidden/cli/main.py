@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
-from nemo_qwen_hidden.cli import PROGRAM
+from nemo_qwen_hidden.cli import PROGRAM, drift
 from nemo_qwen_hidden.cli.plan_options import add_options
 from nemo_qwen_hidden.cli.store_commands import add_commands
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
@@ -224,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--tokens", type=_at_least_one, default=128, metavar="N", help="and the first N tokens (128)")
     doctor.add_argument("--json", action="store_true", help="the report for programs: JSON on stdout")
     add_commands(partial(_command, commands))
+    drift.add_command(partial(_command, commands))
     return parser
 
 
