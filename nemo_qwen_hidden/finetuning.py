@@ -17,7 +17,7 @@ from nemo_qwen_hidden.training.job import FinetuningJob
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished run. checkpoint: the last one's folder. last: the last step; None where there was nothing left to do."""
+    """A finished run. checkpoint: the last one's folder. last: the last step; None where nothing was left to do."""
 
     checkpoint: Path
     last: TrainingStep | None
@@ -31,7 +31,9 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     """
     job = jobs.prepare(settings, world=world)
     if world is None and has_gpus():
-        rule = "must be started by torchrun on a machine with GPUs (torchrun --nproc-per-node N -m nemo_qwen_hidden ...)"
+        rule = (
+            "must be started by torchrun on a machine with GPUs (torchrun --nproc-per-node N -m nemo_qwen_hidden ...)"
+        )
         raise ConfigError("finetune", rule, "started alone")
     return job
 

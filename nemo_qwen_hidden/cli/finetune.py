@@ -1,4 +1,4 @@
-"""``nemo-qwen-hidden finetune``: a run on ranks that it starts itself, or as one rank of those that torchrun started."""
+"""``nemo-qwen-hidden finetune``: a run on ranks that it starts itself, or as one of those that torchrun started."""
 
 import argparse
 

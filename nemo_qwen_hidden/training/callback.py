@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -117,7 +118,7 @@ class HiddenStatesCallback(Callback, IOMixin):
         self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every validation begins with the first sample of its data. One outside of a fit: collective over all ranks."""
+        """Every validation begins with the first sample of its data. Outside of a fit collective over all ranks."""
         if _phase(trainer) is not None:
             self._running(trainer).consumed[VALIDATION] = 0
 
@@ -205,14 +206,15 @@ class HiddenStatesCallback(Callback, IOMixin):
         points = expand(self._hook_points, num_layers=chunks[0].config.num_layers, setting="hook_points")
         capture = Capture(points=points, choice=_choice(self._schedule))
         observer = Observer(chunks, groups, stages=live_stages(trainer), capture=capture)
-        recorder = None
-        if not callable(self._to):
-            recorder = self._recorder(Path(self._to), chunks[0].config, points, groups, trainer.global_step)
+        recorder, to = None, self._to
+        if not callable(to):
+            recorder = self._recorder(Path(to), chunks[0].config, points, groups, trainer.global_step)
+            to = recorder.put
         self._fit = _Fit(
             observer=observer,
             groups=groups,
             sampler=sampler,
-            sink=self._to if recorder is None else recorder.put,
+            sink=to,
             recorder=recorder,
             consumed={TRAIN: sampler.init_consumed_samples, VALIDATION: 0},
         )

@@ -67,8 +67,8 @@ class Blocks(Dataset[Sample]):
 
 
 class BlockData(pl.LightningDataModule):
-    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples, and
-    a resumed run goes on with the sample after the last.
+    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples,
+    and a resumed run goes on with the sample after the last.
 
     Args:
         train, validation: [blocks, S + 1] each; without blocks for validation there is none. A subclass may set both
@@ -134,8 +134,8 @@ class BlockData(pl.LightningDataModule):
 
 
 class TextData(BlockData):
-    """The data of a fine-tuning run: documents laid end to end, each ended by the tokenizer's ``<|endoftext|>`` where it
-    has one, and cut into blocks; the last documents are for validation.
+    """The data of a fine-tuning run: documents laid end to end, each ended by the tokenizer's ``<|endoftext|>`` where
+    it has one, and cut into blocks; the last documents are for validation.
 
     One process of a machine tokenizes, into ``data/`` of the run's folder, where all map the blocks.
     """

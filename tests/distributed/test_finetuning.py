@@ -31,9 +31,7 @@ TRAIN = TrainSettings(
 
 
 def job_at(folder: Path, **parallel: Any) -> FinetuningJob:
-    settings = FinetuneSettings(
-        train=TRAIN, run=RunSettings(path=str(folder)), parallel=ParallelSettings(**parallel)
-    )
+    settings = FinetuneSettings(train=TRAIN, run=RunSettings(path=str(folder)), parallel=ParallelSettings(**parallel))
     return prepare(settings, world=None)
 
 
@@ -92,7 +90,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Star
     job = job_at(tmp_path / "run")
     short = replace(job.settings, train=replace(TRAIN, max_steps=1, validation_part=0.0))
     start_ranks(1, fit_started, replace(job, settings=short))
-    with pytest.raises(DataError, match="must be what the run at .* was begun with"):
+    with pytest.raises(DataError, match=r"must be what the run at .* was begun with"):
         start_ranks(1, fit_started, job)
 
 

@@ -136,4 +136,6 @@ def strategy_of_nemo(rank: Rank) -> dict[str, bool]:
 
 
 def test_the_subclasses_are_needed(start_ranks: Start) -> None:
-    assert start_ranks(1, strategy_of_nemo) == [dict.fromkeys(("optimizer", "asynchronous checkpoints", "logger"), False)]
+    assert start_ranks(1, strategy_of_nemo) == [
+        dict.fromkeys(("optimizer", "asynchronous checkpoints", "logger"), False)
+    ]

@@ -3,16 +3,20 @@
 import hashlib
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from nemo_qwen_hidden.parallel.launch import Rank
-from tests.support.training import Job, Piece, trainer_of
+from tests.support.training import SEQ_LENGTH, Job, Piece, trainer_of
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,23 @@ class Captured:
 
 @dataclass(frozen=True, kw_only=True)
 class Capturing:
-    """A job, and arguments of HiddenStatesCallback; None: without one. weights: keep those of every step."""
+    """A job, and arguments of HiddenStatesCallback; None: without one.
+
+    weights: keep those of every step. store: a folder that a second callback with the same arguments writes to. saved:
+    a checkpoint, written before step 3 where it is not there, and the run then ends with an error in step 4; where it
+    is there the run goes on from it. collate: makes batches of samples, instead of torch's way.
+    """
 
     job: Job
     settings: dict[str, Any] | None
     weights: bool = False
+    store: Path | None = None
+    saved: Path | None = None
+    collate: Callable[[list[dict[str, torch.Tensor]]], dict[str, Any]] | None = None
+
+
+class Crash(RuntimeError):
+    """The end of a run that is to be resumed."""
 
 
 def capture_in_training(rank: Rank, folder: Path, runs: Sequence[Capturing]) -> list[Captured]:
@@ -61,9 +77,74 @@ def _run(rank: Rank, folder: Path, run: Capturing) -> Captured:
     callbacks = [bystander(found, run.weights)]
     if run.settings is not None:
         callbacks.append(HiddenStatesCallback(to=lambda states: _note(found, states), **run.settings))
-    with trainer_of(rank, run.job, folder, callbacks) as (trainer, model, data):
-        trainer.fit(model, data)
+        if run.store is not None:
+            callbacks.append(HiddenStatesCallback(to=run.store, **run.settings))
+    resumed = run.saved if run.saved is not None and run.saved.exists() else None
+    if run.saved is not None and resumed is None:
+        callbacks.append(_saboteur(run.saved))
+    with trainer_of(rank, run.job, folder, callbacks) as (trainer, model, data), suppress(Crash):
+        if run.collate is not None:
+            data._loader = partial(_loader, collate_fn=run.collate)
+        trainer.fit(model, data, ckpt_path=resumed)
     return found
+
+
+def _loader(mode: str, blocks: Any, **more: Any) -> Any:
+    from nemo.lightning.data import WrappedDataLoader
+
+    return WrappedDataLoader(mode, dataset=blocks, num_workers=0, **more)
+
+
+def ragged(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """A padded batch that says how long each sample is, which its first token decides."""
+    batch: dict[str, Any] = default_collate(samples)
+    batch["lengths"] = [length_of(int(row[0])) for row in batch["tokens"]]
+    for row, length in zip(batch["tokens"], batch["lengths"], strict=True):
+        row[length:] = row[0]
+    return batch
+
+
+def length_of(first_token: int) -> int:
+    return 1 + first_token % SEQ_LENGTH
+
+
+PACKED = (6, 8)
+
+
+def packed(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """A pack of documents of ``PACKED`` tokens, and padding, as NeMo's ``GPTSFTPackedDataset`` makes it."""
+    batch: dict[str, Any] = default_collate(samples)
+    bounds = [0, PACKED[0], sum(PACKED), SEQ_LENGTH]
+    batch["cu_seqlens"] = torch.tensor([[*bounds, -1]], dtype=torch.int32)
+    batch["cu_seqlens_argmin"] = torch.tensor([[len(bounds)]])
+    batch["max_seqlen"] = torch.tensor([[max(PACKED)]])
+    batch["token_count"] = [sum(PACKED)]
+    batch["position_ids"] = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])[None]
+    return batch
+
+
+def packed_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """NeMo's, but for the mask, which attention does without."""
+    from nemo.collections.llm.gpt.model.base import get_packed_seq_params
+
+    inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
+    output: torch.Tensor = model(**inputs, packed_seq_params=get_packed_seq_params(batch))
+    return output
+
+
+def _saboteur(saved: Path) -> Any:
+    import lightning.pytorch as pl
+
+    class Saboteur(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(saved)
+
+        def on_megatron_microbatches_end(self, step: Any) -> None:
+            if step.trainer.training and step.trainer.global_step == 4:
+                raise Crash("in step 4")
+
+    return Saboteur()
 
 
 def _note(found: Captured, states: Any) -> None:

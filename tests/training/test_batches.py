@@ -13,7 +13,7 @@ from nemo_qwen_hidden.training.batches import Batch, Numbering, whole_length
 from tests.conftest import Start
 
 END = 2
-TEXTS = (("5 2 7", "8 2 2"), ("4", "2"), ("1 2 3 4 5 6 7", "9"))
+TEXTS = (("5 2 7", "8 2 2"), ("4 4", "2"), ("1 2 3 4", "9"))
 SIZE, MICROBATCHES = 3, 2
 
 
@@ -39,8 +39,8 @@ def nemo_batches(rank: Rank) -> dict[str, Any]:
             def _build_samples_mapping(self) -> None:
                 self.samples_mapping = None
 
-        settings = {"max_seq_length": 32, "pad_seq_length_to_mult": 8, "label_key": "output", "truncation_field": "input"}
-        return InMemory("", Tokenizer(), prompt_template="{input} {output}", **settings, **more)
+        settings = {"prompt_template": "{input} {output}", "label_key": "output", "truncation_field": "input"}
+        return InMemory("", Tokenizer(), max_seq_length=32, pad_seq_length_to_mult=8, **settings, **more)
 
     single = made(GPTSFTDataset)
     samples = [single._process_example({"input": text, "output": answer}) for text, answer in TEXTS]
