@@ -191,12 +191,12 @@ class Settings:
 class TrainSettings:
     """How a model is fine-tuned.
 
-    lr falls to ``min_lr`` by a cosine over ``max_steps``, after ``warmup_steps`` of rising from 0. seq_length: tokens of a
-    sequence. validation_part: of the documents, the last ones. validation_every, checkpoint_every: steps.
-    validation_batches: global batches of one validation; None for all. keep_checkpoints: of the newest. recompute: what
-    is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of attention; ``uniform``,
-    all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of each stage. seed: of the
-    order of the data. log_every: steps between lines of progress.
+    lr falls to ``min_lr`` by a cosine over ``max_steps``, after ``warmup_steps`` of rising from 0. seq_length: tokens
+    of a sequence. validation_part: of the documents, the last ones. validation_every, checkpoint_every: steps.
+    validation_batches: global batches of one validation; None for all. keep_checkpoints: of those before the last.
+    recompute: what is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of
+    attention; ``uniform``, all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of
+    each stage. seed: of the order of the data. log_every: steps between lines of progress.
     """
 
     max_steps: int = 100
@@ -212,7 +212,7 @@ class TrainSettings:
     validation_every: int = 50
     validation_batches: int | None = 4
     checkpoint_every: int = 50
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 0
     recompute: str = "none"
     recompute_layers: int = 1
     seed: int = 0
@@ -263,10 +263,9 @@ def check_finetuning(settings: FinetuneSettings) -> None:
     train, problems = settings.train, list[UserError]()
     if train.recompute not in RECOMPUTE:
         problems.append(ConfigError("train.recompute", f"must be one of {', '.join(RECOMPUTE)}", train.recompute))
-    least = {"warmup_steps": 0, "seed": 0, "lr": 0, "min_lr": 0, "weight_decay": 0, "clip_grad": 0}
+    least = dict.fromkeys(("warmup_steps", "keep_checkpoints", "seed", "lr", "min_lr", "weight_decay", "clip_grad"), 0)
     least |= dict.fromkeys(("max_steps", "global_batch_size", "micro_batch_size", "seq_length", "validation_every"), 1)
-    least |= dict.fromkeys(("validation_batches", "checkpoint_every", "keep_checkpoints", "recompute_layers"), 1)
-    least |= {"log_every": 1}
+    least |= dict.fromkeys(("validation_batches", "checkpoint_every", "recompute_layers", "log_every"), 1)
     for name, bound in least.items():
         value = getattr(train, name)
         if value is not None and not bound <= value < math.inf:  # nor NaN

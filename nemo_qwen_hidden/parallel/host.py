@@ -46,8 +46,8 @@ def training_on_host() -> Iterator[None]:
 
     - ``torch.zeros`` and ``torch.tensor`` take ``device="cuda"`` for the CPU, and ``pin_memory`` for nothing; so does
       ``Tensor.to("cuda")`` (M ``pipeline_parallel/schedules.py:596,983,2138``, ``optimizer/optimizer.py:907``,
-      ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N ``lightning/pytorch/strategies/megatron_strategy.py:801``,
-      ``lightning/pytorch/plugins/data_sampler.py:192,212``);
+      ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N, in ``lightning/pytorch``,
+      ``strategies/megatron_strategy.py:801,881`` and ``plugins/data_sampler.py:192,212``);
     - ``Tensor.cuda`` gives the tensor itself (N ``collections/llm/gpt/model/base.py:103``);
     - ``torch.cuda.synchronize`` returns (M ``dist_checkpointing/strategies/filesystem_async.py:230``);
     - the files of a checkpoint are written by threads, as ``multiprocessing.dummy`` has them: Megatron would fork

@@ -67,8 +67,8 @@ class Blocks(Dataset[Sample]):
 
 
 class BlockData(pl.LightningDataModule):
-    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples, and
-    a resumed run goes on with the sample after the last.
+    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples,
+    and a resumed run goes on with the sample after the last.
 
     Args:
         train, validation: [blocks, S + 1] each; without blocks for validation there is none. A subclass may set both
@@ -134,8 +134,8 @@ class BlockData(pl.LightningDataModule):
 
 
 class TextData(BlockData):
-    """The data of a fine-tuning run: documents laid end to end, each ended by the tokenizer's ``<|endoftext|>`` where it
-    has one, and cut into blocks; the last documents are for validation.
+    """The data of a fine-tuning run: documents laid end to end, each ended by the tokenizer's ``<|endoftext|>`` where
+    it has one, and cut into blocks; the last documents are for validation.
 
     One process of a machine tokenizes, into ``data/`` of the run's folder, where all map the blocks.
     """
@@ -216,5 +216,7 @@ def _blocks(documents: Sequence[NDArray[np.int32]], end: int | None, seq_length:
     parts = [part for document in documents for part in (document, np.array([] if end is None else [end], np.int32))]
     tokens = np.concatenate([np.empty(0, np.int32), *parts])
     count = max(0, (len(tokens) - 1) // seq_length)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
+    )
     return np.ascontiguousarray(windows[: count * seq_length : seq_length], np.int32)

@@ -36,8 +36,8 @@ class FinetuningJob:
 
     @property
     def log_path(self) -> Path:
-        """The file in the run's folder for what libraries say."""
-        return self.run_path / "log.txt"
+        """The file beside the run's folder for what libraries say; within, NeMo moves files about."""
+        return self.run_path.with_name(f"{self.run_path.name}.log")
 
     @property
     def fields(self) -> dict[str, str]:
@@ -96,13 +96,13 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     return job
 
 
-def _training_problems(
-    settings: FinetuneSettings, architecture: Architecture, topology: Topology
-) -> list[UserError]:
+def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:
     problems: list[UserError] = []
     train, vocab_size = settings.train, architecture.shape.vocab_size
     if vocab_size % topology.tp:  # padding would take part in the loss
-        problems.append(ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp))
+        problems.append(
+            ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
+        )
     at_once = train.micro_batch_size * topology.dp
     if train.global_batch_size % at_once:
         rule = f"must be a multiple of `train.micro_batch_size` times the replicas ({at_once})"

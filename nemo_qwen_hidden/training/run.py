@@ -1,6 +1,7 @@
-"""One rank's part of a fine-tuning run: NeMo's trainer, strategy, optimizer, logger, checkpoints and resumption, wired."""
+"""One rank's part of a fine-tuning run: NeMo's trainer, strategy, optimizer, logger and checkpoints, wired."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,25 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Model
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, configure_training
-from nemo_qwen_hidden.parallel.launch import Rank, fair_threads, local_world
+from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, Report, TrainingStep, silent
 from nemo_qwen_hidden.training.data import TextData
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
-from nemo_qwen_hidden.training.logger import Logger
+from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
-from nemo_qwen_hidden.training.ranks import as_if_torchrun
 from nemo_qwen_hidden.training.strategy import megatron_strategy
 
-
-def fit_started(rank: Rank, job: FinetuningJob) -> None:
-    """Trains on a rank of our fork server. Collective over all ranks."""
-    with as_if_torchrun(rank):
-        fit(job, report=rank.send, pulse=rank.pulse, rendezvous=rank.rendezvous)
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def fit(
@@ -79,8 +84,22 @@ def _model(job: FinetuningJob) -> Qwen2Model:
     schedule = CosineAnnealingScheduler(
         max_steps=train.max_steps, warmup_steps=train.warmup_steps, constant_steps=0, min_lr=train.min_lr
     )
-    tokenizer = AutoTokenizer(str(job.model_folder))
-    return Qwen2Model(config, optim=MegatronOptimizer(optimizer, lr_scheduler=schedule), tokenizer=tokenizer)
+    optim = MegatronOptimizer(optimizer, lr_scheduler=schedule)
+    return Qwen2Model(config, optim=optim, tokenizer=_tokenizer(job))
+
+
+def _tokenizer(job: FinetuningJob) -> AutoTokenizer | None:
+    """The model's, for the checkpoints; out of a folder with nothing else, which NeMo copies whole into each."""
+    if not (job.model_folder / "tokenizer.json").is_file():
+        return None  # the data are token ids
+    folder = job.run_path / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        source, own = job.model_folder / name, folder / f".{name}.{os.getpid()}"
+        if source.is_file():
+            shutil.copyfile(source, own)
+            own.replace(folder / name)  # whole at once: other ranks do the same
+    return AutoTokenizer(os.fspath(folder))
 
 
 def _recompute(how: str, layers: int) -> dict[str, Any]:
@@ -120,7 +139,7 @@ def _trainer(job: FinetuningJob, callbacks: list[Callback], rendezvous: Path | N
 
 def _logger(job: FinetuningJob) -> Logger:
     train = job.settings.train
-    checkpoints = nl.ModelCheckpoint(
+    checkpoints = Checkpoints(
         monitor="step",
         mode="max",
         filename="{step}",

@@ -74,7 +74,7 @@ def _run(rank: Rank, folder: Path, run: Capturing) -> Captured:
     from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 
     found = Captured()
-    callbacks = [_bystander(found, run.weights)]
+    callbacks = [bystander(found, run.weights)]
     if run.settings is not None:
         callbacks.append(HiddenStatesCallback(to=lambda states: _note(found, states), **run.settings))
         if run.store is not None:
@@ -165,7 +165,7 @@ def _note(found: Captured, states: Any) -> None:
         assert row == len(piece.values)
 
 
-def _bystander(found: Captured, weights: bool) -> Any:
+def bystander(found: Captured, weights: bool) -> Any:
     import lightning.pytorch as pl
 
     from nemo_qwen_hidden.training.chunks import live_chunks

@@ -21,8 +21,8 @@ class Job:
     """A few steps in a layout.
 
     model: NeMo's configuration beside what ``configure_training`` chooses, such as recompute settings. trainer:
-    arguments of NeMo's Trainer. validation: blocks to validate on. own_model: our ``Qwen2HiddenModel`` instead of NeMo's
-    ``Qwen2Model``.
+    arguments of NeMo's Trainer. validation: blocks to validate on. own_model: our ``Qwen2HiddenModel`` instead of
+    NeMo's ``Qwen2Model``.
     """
 
     topology: Topology = field(default_factory=Topology)

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.rows import Rows, resolve
 from nemo_qwen_hidden.store.read.tokens import PartTokens
-from nemo_qwen_hidden.store.read.views import HookPointView
 from nemo_qwen_hidden.store.statistics import Statistics
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_qwen_hidden.store.read.reader import Store, StoredDocument
+    from nemo_qwen_hidden.store.read.views import HookPointView
 
 
 class UnknownStepError(StoreError, KeyError):
@@ -77,12 +78,12 @@ class StepView:
         return self._store.hook_points
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """As of the store."""
         return self._store.dtype
 
     @property
-    def final_norm(self) -> tuple[torch.Tensor, float]:
+    def final_norm(self) -> "tuple[torch.Tensor, float]":
         """As of the store."""
         return self._store.final_norm
 
@@ -100,8 +101,10 @@ class StepView:
         entries = (replace(entry, shards=entry.shards[shards.start : shards.stop]) for entry in whole.hook_points)
         return replace(whole, parts=(part,), hook_points=tuple(entries))
 
-    def __getitem__(self, hook_point: str | HookPoint) -> HookPointView:
+    def __getitem__(self, hook_point: str | HookPoint) -> "HookPointView":
         """The states at one hook point, [K, H], not read yet; UnknownHookPointError where the store lacks it."""
+        from nemo_qwen_hidden.store.read.views import HookPointView  # needs torch
+
         return HookPointView(self, self.manifest.entry(self._store[hook_point].hook_point))
 
     def __contains__(self, hook_point: object) -> bool:
@@ -111,7 +114,7 @@ class StepView:
         """Sample number ``index`` of the step, as a document of the store; IndexError where there is none."""
         return self._store.document(self.entry.documents[index])
 
-    def read_views(self, states: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
+    def read_views(self, states: Rows, views: "Sequence[HookPointView]") -> "list[torch.Tensor]":
         """The same states of several views of this step, each [n, H], or [H] for an int."""
         chosen = resolve(states, self.states, "state")
         many = range(chosen, chosen + 1) if isinstance(chosen, int) else chosen
@@ -119,7 +122,7 @@ class StepView:
         values = [view.finish(stored.decoded(), many) for view, stored in zip(views, found, strict=True)]
         return [value[0] for value in values] if isinstance(chosen, int) else values
 
-    def divisor(self, hook_point: str | HookPoint, states: Rows) -> torch.Tensor:
+    def divisor(self, hook_point: str | HookPoint, states: Rows) -> "torch.Tensor":
         """As of the store."""
         return self._store.divisor(hook_point, self._shifted(resolve(states, self.states, "state")))
 
