@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 DPI = 100
-MOST_TICKS = 12
+MOST_TICKS = 8
 MOST_ROWS = 24
 MOST_NUMBERED = 10
 """Steps of a heat map whose cells have their values written into them."""
+
+MOST_MARKED = 25
+"""Steps of a line that has a mark at each."""
 
 _METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
@@ -98,7 +101,7 @@ def norms(report: Report) -> "Figure":
     norm = report.measures["norm_inliers"]
     relative = {point: tuple(value / values[where] for value in values) for point, values in norm.items()}
     step, outliers = report.reference, ", without outliers" if report.has_outliers else ""
-    figure = _figure(13.0, 4.2)
+    figure = _figure(12.0, 4.0)
     left, middle, right = panels = figure.subplots(1, 3)
     for axes, series in zip(panels, (norm, relative, report.measures["change_inliers"]), strict=True):
         _lines(axes, report, series)
@@ -172,8 +175,9 @@ def _every(items: Sequence[Any], most: int) -> list[int]:
 def _lines(axes: "Axes", report: Report, series: Series) -> None:
     """One for each hook point, over true steps."""
     colours = _colours(len(report.hook_points))
+    size = 3.5 if len(report.steps) <= MOST_MARKED else 0.0
     for point, colour in zip(report.hook_points, colours, strict=True):
-        axes.plot(report.steps, series[point], color=colour, marker="o", markersize=3.5, linewidth=1.6)
+        axes.plot(report.steps, series[point], color=colour, marker="o", markersize=size, linewidth=1.6)
     axes.set_xlabel("step")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)

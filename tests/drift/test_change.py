@@ -69,6 +69,13 @@ def test_cka_is_the_same_after_a_rotation_and_a_scaling_of_each_side(tmp_path: P
     assert abs(moved.cosine - plain.cosine) > 0.1  # which a rotation does change
 
 
+def test_cka_of_unrelated_states_is_what_the_documentation_says_of_few() -> None:
+    rng = np.random.default_rng(0)
+    for rows in (200, 2000):
+        x, y = rng.standard_normal((2, rows, 200)).astype(np.float32)
+        assert of_arrays(x, y, block=rows).cka == pytest.approx(200 / (rows + 200), rel=0.02)
+
+
 def test_outliers_are_counted_and_left_out(tmp_path: Path) -> None:
     x, y = random_pair()
     x[0] *= 300  # the first token of all: a rule of norms before it would miss it
