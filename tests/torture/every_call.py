@@ -21,7 +21,10 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write.step_files import StepFiles
+from nemo_qwen_hidden.store.write.steps import GrowingStore
 from nemo_qwen_hidden.store.write.writer import ShardWriter
+from tests.store.growing import capture, commit, description
 from tests.store.helpers import LAYERS, POINTS, Run, draft, random_states, seal_all, truth, write_states, write_tokens
 from tests.torture.claims import check_claims, check_same, insist
 from tests.torture.faults import Watch, install
@@ -30,6 +33,7 @@ from tests.torture.powercut import cut_power, events, forget
 Job = Callable[[Path], None]
 LENGTHS = (3, 0, 7, 1)
 SHARD_ROWS = 4
+STEPS = 4
 ADDED = HookPoint("resid_post", 1)
 
 
@@ -69,7 +73,31 @@ def adding(path: Path) -> None:
         _write(path, target)
 
 
-JOBS: tuple[Job, ...] = (new, overwriting, replacing, adding)
+def growing(path: Path) -> None:
+    """A store of captured steps, which goes on after those that it has."""
+    with GrowingStore(path, description(stored_dtype="bf16"), shard_rows=SHARD_ROWS) as store:
+        ranks = [StepFiles(path, store.producers) for _ in range(2)]
+        for step in range(len(store.manifest.parts), STEPS):
+            capture(store, ranks, step)
+            if step % 2:
+                commit(store, ranks, publish=step == 1)
+        for files in ranks:
+            files.sync()
+            files.close()
+
+
+def going_back(path: Path) -> None:
+    """The same over steps of which the last two are dropped and captured again; once it has begun it just goes on."""
+    if (path / "unfinished.json").exists():
+        growing(path)
+        return
+    steps = len(Manifest.from_json((path / "manifest.json").read_bytes()).parts)
+    with GrowingStore(path, description(stored_dtype="bf16"), resume_at=steps - 2, shard_rows=SHARD_ROWS):
+        pass
+    growing(path)
+
+
+JOBS: tuple[Job, ...] = (new, overwriting, replacing, adding, growing, going_back)
 
 
 def _work(path: Path, points: tuple[HookPoint, ...], producer: dict[str, str], *, overwrites: bool = False) -> None:
@@ -108,6 +136,10 @@ def _prepared(job: Job, store: Path) -> None:
     """What ``job`` finds."""
     if job is adding:
         new(store)
+    elif job is going_back:
+        growing(store)
+    elif job is growing:
+        pass
     elif job is not new:
         _leave_other(store, documents=7 if job is overwriting else 8, finished=job is replacing)
 
@@ -178,7 +210,7 @@ def torture(job: Job, folder: Path, chance: random.Random, *, step: int = 1) -> 
         cut = chance.random() < 0.7
         spoilt = cut_power(watch, chance) if cut else []
         try:
-            if job in (new, adding) or _has_begun(watch.store):
+            if job in (new, adding, growing, going_back) or _has_begun(watch.store):
                 check_claims(watch.store, reference.store, same=True, cut=cut, replacing=job is replacing)
             insist(_in_a_fork(job, None, watch.store) == 0, "the same command resumes and finishes")
             check_same(watch.store, reference.store, same=True)
