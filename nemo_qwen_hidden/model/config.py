@@ -24,12 +24,14 @@ class Qwen2HiddenConfig(Qwen2Config):
     """A Qwen2 without an output layer, unless ``output_layer`` asks for NeMo's usual model (for fine-tuning).
 
     num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
-    final norm follows.
+    final norm follows. state_losses: ``training.losses.StateLoss``, whose heads become submodules of the chunk that has
+    their hook point.
     """
 
     transformer_layer_spec: Callable[..., Any] = decoder_spec
     output_layer: bool = False
     final_norm: bool = True
+    state_losses: tuple[Any, ...] = ()
 
     def configure_model(
         self,
@@ -41,7 +43,14 @@ class Qwen2HiddenConfig(Qwen2Config):
         """This rank's stage. With ``post_process`` disabled Megatron builds no output layer, but no final norm
         either; the norm is put back on the last stage, so that the decoder's output is the normed state."""
         if self.output_layer:
-            return super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+            model: MCoreGPTModel = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        else:
+            model = self._without_output_layer(pre_process, vp_stage)
+        for loss in self.state_losses:
+            loss.add_head(model, self)
+        return model
+
+    def _without_output_layer(self, pre_process: bool | None, vp_stage: int | None) -> MCoreGPTModel:
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
         spec = self.transformer_layer_spec(self, vp_stage=vp_stage or 0)
