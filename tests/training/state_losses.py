@@ -255,33 +255,22 @@ def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
 
 def _chunks(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
     """Megatron's models of this rank, filled."""
-    from nemo_qwen_hidden.checkpoint.architecture import read_architecture
-    from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
-    from nemo_qwen_hidden.model.config import configure
-    from nemo_qwen_hidden.model.weights import load_weights
+    from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
 
-    topology, architecture = case.topology, read_architecture(weights)
-    stages = stages_of(architecture.shape.num_layers, pp=topology.pp, vp=topology.vp)
-    config = configure(architecture, topology, dtype="fp32", stages=stages, final_norm=True)
-    config.output_layer, config.perform_initialization = True, True
-    config.calculate_per_token_loss, config.deallocate_pipeline_outputs = case.per_token, True
-    config.microbatch_group_size_per_vp_stage = topology.pp
-    config.cross_entropy_loss_fusion = False
-    for name, value in case.settings.items():
-        setattr(config, name, value)
+    topology = case.topology
+    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": losses(folder)}
+    if topology.pp > 1:
+        settings["microbatch_group_size_per_vp_stage"] = topology.pp
+    stages = stages_of(LAYERS, pp=topology.pp, vp=topology.vp)
+    config = configure_training(weights, topology, stages=stages, **settings | dict(case.settings))
     if case.grad_scale != 1:
         config.grad_scale_func = lambda loss: loss * case.grad_scale
-    place = topology.at(dist.get_rank())
     chunks = []
-    with TensorFiles.of(weights).reader() as reader:
-        for vp_stage in range(topology.vp):
-            chunk = config.configure_model(None, vp_stage=vp_stage if topology.vp > 1 else None)
-            load_weights(chunk, reader, architecture.shape, place)
-            for loss in losses(folder):
-                loss.add_head(chunk, config)
-            _fill_heads(chunk, load_file(heads), place)
-            chunks.append(chunk)
+    for vp_stage in range(topology.vp):
+        chunk = config.configure_model(None, vp_stage=vp_stage if topology.vp > 1 else None)
+        _fill_heads(chunk, load_file(heads), topology.at(dist.get_rank()))
+        chunks.append(chunk)
     return chunks
 
 
@@ -291,10 +280,6 @@ def _fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
             for name, parameter in chunk.state_heads.named_parameters():
                 rows = len(parameter) * place.tp if "medusa.output" in name else 0
                 parameter.copy_(heads[name][rows : rows + len(parameter)])
-
-
-class _Tokenizer:
-    vocab_size = VOCAB
 
 
 def _schedule(case: Case, folder: Path, groups: Any) -> Found:
