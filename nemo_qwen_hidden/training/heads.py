@@ -61,26 +61,20 @@ class Medusa(MegatronModule):
         if VOCAB_MULTIPLE % tp:
             rule = f"must divide {VOCAB_MULTIPLE} where there are Medusa heads"
             raise ConfigError("tensor_model_parallel_size", rule, tp)
-        self.vocab_size, hidden = vocab_size, config.hidden_size
+        self.vocab_size = vocab_size
         padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        uninitialised = copy.copy(config)
-        uninitialised.perform_initialization = False
-        self.residual, self.output = nn.ModuleList(), nn.ModuleList()
+        # not in a list: of lists Megatron asks nobody how parameters are split when it saves a checkpoint
         for number in range(heads):
-            self.residual.append(_Residual(config))
-            linear = ColumnParallelLinear(
-                hidden, padded, config=uninitialised, init_method=_never, bias=False, gather_output=False
-            )
-            set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
-            self._fill(linear, weights, seed + number)
-            self.output.append(linear)
+            head = _MedusaHead(config, padded)
+            self._fill(head.output, weights, seed + number)
+            self.add_module(str(number), head)
 
     def forward(self, state_CBH: Tensor, labels_TB: Tensor, number: int) -> Tensor:
         """Cross-entropy of head ``number``, fp32 [T, B], for the T tokens of the tp group, which under sequence
         parallelism are more than the C of this rank. Collective over the tp group."""
-        mixed_CBH = self.residual[number](state_CBH)
-        logits_TBV = self.output[number](mixed_CBH)[0].float()
-        padding = self._columns(self.output[number]) >= self.vocab_size
+        head: _MedusaHead = getattr(self, str(number))
+        logits_TBV = head(state_CBH)
+        padding = self._columns(head.output) >= self.vocab_size
         logits_TBV = logits_TBV.masked_fill(padding.to(logits_TBV.device), -torch.inf)
         losses: Tensor = vocab_parallel_cross_entropy(logits_TBV.contiguous(), labels_TB.contiguous())
         return losses
@@ -101,6 +95,25 @@ class Medusa(MegatronModule):
         std, width = self.config.init_method_std, linear.weight.shape[1]
         for row in range(count):  # by row, so that a rank draws its own part of what one rank alone would have
             linear.weight[row].copy_(_normal((width,), std, seed * 2**32 + first + row))
+
+
+class _MedusaHead(MegatronModule):
+    """Logits of the tokens that this tp rank has."""
+
+    def __init__(self, config: TransformerConfig, vocab: int) -> None:
+        super().__init__(config)
+        self.residual = _Residual(config)
+        uninitialised = copy.copy(config)
+        uninitialised.perform_initialization = False
+        self.output = ColumnParallelLinear(
+            config.hidden_size, vocab, config=uninitialised, init_method=_never, bias=False, gather_output=False
+        )
+        set_tensor_model_parallel_attributes(self.output.weight, True, 0, 1)
+
+    def forward(self, state_CBH: Tensor) -> Tensor:
+        """fp32 [T, B, V / tp]."""
+        logits: Tensor = self.output(self.residual(state_CBH))[0].float()
+        return logits
 
 
 class _Residual(MegatronModule):

@@ -62,9 +62,9 @@ def prepare(folder: Path, *, tied: bool = False) -> None:
         "class.weight": random(CLASSES, HIDDEN),
     }  # fmt: skip
     for number in range(HEADS):
-        heads[f"medusa.residual.{number}.weight"] = random(HIDDEN, HIDDEN)
-        heads[f"medusa.residual.{number}.bias"] = random(HIDDEN)
-        heads[f"medusa.output.{number}.weight"] = random(VOCAB, HIDDEN)
+        heads[f"medusa.{number}.residual.weight"] = random(HIDDEN, HIDDEN)
+        heads[f"medusa.{number}.residual.bias"] = random(HIDDEN)
+        heads[f"medusa.{number}.output.weight"] = random(VOCAB, HIDDEN)
     save_file(heads, folder / "heads.safetensors")
     torch.save(batches(), folder / "batches.pt")
 
@@ -172,7 +172,7 @@ def _plain(
         state, ahead = states["medusa"], number + 1
         w1, b1, w2 = (
             heads[f"medusa.{part}"]
-            for part in (f"residual.{number}.weight", f"residual.{number}.bias", f"output.{number}.weight")
+            for part in (f"{number}.residual.weight", f"{number}.residual.bias", f"{number}.output.weight")
         )
         logits = (F.silu(state @ w1.T + b1) + state) @ w2[: VOCAB - 1].T
         later = batch["labels"][:, ahead:][mask[:, ahead:]]
@@ -253,7 +253,7 @@ def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
     return found
 
 
-def _chunks(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
+def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
     """Megatron's models of this rank, filled."""
     from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
@@ -269,16 +269,16 @@ def _chunks(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
     chunks = []
     for vp_stage in range(topology.vp):
         chunk = config.configure_model(None, vp_stage=vp_stage if topology.vp > 1 else None)
-        _fill_heads(chunk, load_file(heads), topology.at(dist.get_rank()))
+        fill_heads(chunk, load_file(heads), topology.at(dist.get_rank()))
         chunks.append(chunk)
     return chunks
 
 
-def _fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
+def fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
     if hasattr(chunk, "state_heads"):
         with torch.no_grad():
             for name, parameter in chunk.state_heads.named_parameters():
-                rows = len(parameter) * place.tp if "medusa.output" in name else 0
+                rows = len(parameter) * place.tp if "output" in name else 0
                 parameter.copy_(heads[name][rows : rows + len(parameter)])
 
 
@@ -289,7 +289,7 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
     from nemo_qwen_hidden.errors import HiddenStatesError
     from nemo_qwen_hidden.training.attach import AttachedLosses
 
-    chunks = _chunks(case, folder, folder / "model", folder / "heads.safetensors")
+    chunks = chunks_of(case, folder, folder / "model", folder / "heads.safetensors")
     config = chunks[0].config
     if case.freeze:
         for chunk in chunks:
@@ -324,15 +324,19 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
     if case.forward_only:
         return Found(errors={}, values=values)
     truth = folder / case.truth
-    expected = _chunks(Case(topology=topology), folder, truth, truth / "heads.safetensors")
+    expected = chunks_of(Case(topology=topology), folder, truth, truth / "heads.safetensors")
+    return Found(errors=errors_of(chunks, expected, scale=case.grad_scale), values=values)
+
+
+def errors_of(chunks: Sequence[Any], expected: Sequence[Any], *, scale: float = 1.0) -> dict[str, float]:
+    """Of each trained parameter of this rank, by its chunk and its name; ``expected`` has the gradients as weights."""
     errors = {}
-    for chunk, wanted in zip(chunks, expected, strict=True):
-        names = dict(chunk.named_parameters())
-        for name, want in wanted.named_parameters():
-            if names[name].requires_grad:
-                layer = f"{chunk.vp_stage}:{name}"
-                errors[layer] = _error(names[name].main_grad / case.grad_scale, want)
-    return Found(errors=errors, values=values)
+    for number, (chunk, wanted) in enumerate(zip(chunks, expected, strict=True)):
+        truth = dict(wanted.named_parameters())
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                errors[f"{number}:{name}"] = _error(parameter.main_grad / scale, truth[name])
+    return errors
 
 
 def _error(found: Tensor, truth: Tensor) -> float:
