@@ -30,10 +30,11 @@ MASK = "loss_mask"
 
 @dataclass
 class _Count:
-    """Of one loss in one step. computed, started: microbatches whose value was computed, and whose gradient was started.
-    total: fp32, this rank's parts, each times what its microbatch weighs; weight: the sum of what they weigh."""
+    """Of one loss in one step. computed, started: microbatches whose value was computed, and whose gradient was
+    started. totals: fp32, this rank's parts of the loss and of what else it measures, each times what its microbatch weighs;
+    weight: the sum of what they weigh."""
 
-    total: Tensor
+    totals: Tensor
     weight: float = 0.0
     computed: int = 0
     started: int = 0
@@ -100,7 +101,9 @@ class AttachedLosses:
         self._open, self._forward_only, self._microbatches = True, forward_only, num_microbatches
         self._next = self._batch = None
         self._counts = {
-            name: _Count(torch.zeros((), device=self._groups.device)) for name, here in self._here.items() if here
+            loss.name: _Count(torch.zeros(1 + len(loss.measured), device=self._groups.device))
+            for loss in self._losses
+            if self._here[loss.name]
         }
 
     def begin_microbatch(self, batch: Batch) -> None:
@@ -109,8 +112,8 @@ class AttachedLosses:
         self._next = batch
 
     def end_step(self) -> dict[str, float]:
-        """The mean of each loss over the microbatches of all replicas, the same on every rank. Collective over all
-        ranks.
+        """The mean of each loss over the microbatches of all replicas, the same on every rank; of a forward pass alone
+        also what losses measure, as ``NAME_MEASURE``. Collective over all ranks.
 
         Raises:
             HiddenStatesError: on every rank, a loss was not computed, or its gradient was not started, exactly once for
@@ -118,20 +121,23 @@ class AttachedLosses:
         """
         self._open, self._next, self._batch = False, None, None
         topology = self._groups.topology
-        sums = torch.zeros(len(self._losses), 3, dtype=torch.float64, device=self._groups.device)
+        most = 1 + max((len(loss.measured) for loss in self._losses), default=0)
+        sums = torch.zeros(len(self._losses), 2 + most, dtype=torch.float64, device=self._groups.device)
         for number, loss in enumerate(self._losses):
             count = self._counts.get(loss.name)
             if count is not None:
                 copies = topology.tp if loss.every_tp_rank_has_all or not topology.sp else 1
-                sums[number, 0] = count.total.double() / copies
+                sums[number, 0] = float(not self._complete(count))
                 sums[number, 1] = count.weight / (topology.tp * topology.cp)
-                sums[number, 2] = float(not self._complete(count))
+                sums[number, 2 : 2 + len(count.totals)] = count.totals.double() / copies
         dist.all_reduce(sums, group=self._groups.world)
-        found = dict(zip((loss.name for loss in self._losses), sums.tolist(), strict=True))
-        broken = [name for name, (_, _, ranks) in found.items() if ranks]
-        if broken:
-            raise HiddenStatesError(self._why(broken[0]))
-        return {name: total / max(weight, 1e-30) for name, (total, weight, _) in found.items()}
+        values: dict[str, float] = {}
+        for loss, (incomplete, weight, *totals) in zip(self._losses, sums.tolist(), strict=True):
+            if incomplete:
+                raise HiddenStatesError(self._why(loss.name))
+            names = [loss.name, *(f"{loss.name}_{each}" for each in loss.measured if self._forward_only)]
+            values |= {name: total / weight for name, total in zip(names, totals, strict=False)}
+        return values
 
     def _enter(self, _chunk: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._open:
@@ -158,8 +164,10 @@ class AttachedLosses:
         graph = torch.is_grad_enabled() and not self._forward_only
         with torch.set_grad_enabled(graph), torch.autocast(state_CBH.device.type, enabled=False):
             part = loss.part(state_CBH, tokens, head)
+            measures = loss.measures(state_CBH, tokens, head) if self._forward_only else {}
         count, weighs = self._counts[loss.name], self._weighs(batch)
-        count.total += part.detach() * weighs
+        parts = [part.detach(), *(measures.get(name, torch.zeros_like(part)).to(part) for name in loss.measured)]
+        count.totals += torch.stack(parts).detach() * weighs
         count.weight += weighs
         count.computed += 1
         if not graph:
@@ -195,9 +203,10 @@ class AttachedLosses:
             f"computed {count.computed} times and started {count.started} times" if count else "not complete elsewhere"
         )
         return (
-            f"loss {name} must be computed, and its gradient started, once for each of {self._microbatches} microbatches, "
-            f"but was {seen}: a layer may be recomputed that no trained parameter lies before, so that it is not (turn "
-            f"recompute_granularity off, or train the embeddings), or the main loss does not depend on {self._points[name]}"
+            f"loss {name} must be computed, and its gradient started, once for each of {self._microbatches} "
+            f"microbatches, but was {seen}: either nothing that is trained lies before a recomputed layer, which is then "
+            "not recomputed (turn recompute_granularity off, or train the embeddings), or the main loss does not depend "
+            f"on {self._points[name]}"
         )
 
 
@@ -232,7 +241,7 @@ class _Announce(torch.autograd.Function):
 def _passed_on(function: type[torch.autograd.Function], state: Tensor, *arguments: Any) -> Tensor:
     """Not a view: the schedule frees a stage's output in place once it was sent, and refuses to of views
     (``deallocate_output_tensor``)."""
-    given: Any = function.apply(state, *arguments)  # type: ignore[no-untyped-call]
+    given: Any = function.apply(state, *arguments)
     passed: Tensor = make_viewless_tensor(given, requires_grad=given.requires_grad, keep_graph=True)
     return passed
 

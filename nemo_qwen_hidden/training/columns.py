@@ -1,4 +1,7 @@
-"""Samples with more to them than tokens, such as labels, as NeMo's trainer takes them. B: sequences, S: tokens of one."""
+"""Samples with more to them than tokens, such as labels, as NeMo's trainer takes them.
+
+B: sequences, S: tokens of a sequence.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,8 +58,8 @@ class ColumnData(BlockData):
 
 def padded_columns(tokens_BS: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     """What Megatron and the losses on states want of texts that are padded on the right: beside the tokens ``labels``
-    (the next token) and ``position_ids``, int64 [B, S], ``loss_mask``, fp32 [B, S], which counts tokens with a next one,
-    and ``last``, int64 [B], the position of the last token."""
+    (the next token) and ``position_ids``, int64 [B, S], ``loss_mask``, fp32 [B, S], which counts tokens with a next
+    one, and ``last``, int64 [B], the position of the last token."""
     positions = torch.arange(tokens_BS.shape[1])
     return {
         "tokens": tokens_BS,

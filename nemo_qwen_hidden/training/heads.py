@@ -43,7 +43,8 @@ class Linear(MegatronModule):
     def forward(self, state: Tensor) -> Tensor:
         """[..., inputs] to fp32 [..., outputs]."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(state.float(), self.weight.float(), bias)
+        mapped: Tensor = F.linear(state.float(), self.weight.float(), bias)
+        return mapped
 
 
 class Medusa(MegatronModule):
@@ -126,7 +127,8 @@ class _Residual(MegatronModule):
 
     def forward(self, state: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        return F.silu(F.linear(state, self.weight, self.bias)) + state
+        mixed: Tensor = F.silu(F.linear(state, self.weight, self.bias)) + state
+        return mixed
 
 
 def _replicated(config: TransformerConfig, values: Tensor) -> nn.Parameter:

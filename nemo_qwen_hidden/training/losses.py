@@ -40,9 +40,9 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Which tokens of a batch a rank has at a hook point, in its order. positions: int64 [C], along the sequence axis. of_tp_group: the
-    same of all ranks of its tp group, one after the other. batch: the whole of it, the same on all ranks of a replica
-    and on every stage."""
+    """Which tokens of a batch a rank has at a hook point, in its order. positions: int64 [C], along the sequence axis.
+    of_tp_group: the same of all ranks of its tp group, one after the other. batch: the whole of it, the same on all
+    ranks of a replica and on every stage."""
 
     point: HookPoint
     positions: Tensor
@@ -87,9 +87,9 @@ class Tokens:
 
     def find(self, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """One position for each sequence: of those that this rank has, the indices along C, and the sequences, int64
-        [n] each."""
-        found = (self.positions[:, None] == positions_B[None].to(self.positions.device)).nonzero()
-        return found[:, 0], found[:, 1]
+        [n] each, ascending."""
+        found = (positions_B[:, None].to(self.positions.device) == self.positions).nonzero()
+        return found[:, 1], found[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +109,17 @@ class StateLoss(ABC):
     weight: float = 1.0
 
     every_tp_rank_has_all: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Names of what ``measures`` gives."""
 
     @abstractmethod
     def part(self, state_CBH: Tensor, tokens: Tokens, head: nn.Module | None) -> Tensor:
         """This rank's part of the microbatch's loss: fp32, a scalar, which depends on every parameter of the head even
         where this rank has none of the tokens."""
+
+    def measures(self, state_CBH: Tensor, tokens: Tokens, head: nn.Module | None) -> dict[str, Tensor]:
+        """What else is to be known in validation: of each of ``measured`` this rank's part, as of the loss."""
+        return {}
 
     def head(self, config: TransformerConfig) -> MegatronModule | None:
         """Makes the module that the loss trains along; None without one. The same weights on every layout."""
@@ -228,7 +234,8 @@ class ValueHead(StateLoss):
         mask_BS = torch.ones_like(targets_BS) if self.mask is None else tokens[self.mask].to(targets_BS.dtype)
         values_CB = head(state_CBH.detach() if self.detach else state_CBH).squeeze(-1)
         targets_CB, mask_CB = (tokens.own(each).to(values_CB) for each in (targets_BS, mask_BS))
-        return ((values_CB - targets_CB).square() * mask_CB).sum() / mask_BS.sum().clamp(min=1).to(values_CB)
+        total: Tensor = ((values_CB - targets_CB).square() * mask_CB).sum()
+        return total / mask_BS.sum().clamp(min=1).to(total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +268,8 @@ REGRESSION = "regression"
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassifier(StateLoss):
-    """Transformers' ``Qwen2ForSequenceClassification`` (4.57): ``score``, without bias, of the final-normed state of each
-    sequence's last token that is not padding.
+    """Transformers' ``Qwen2ForSequenceClassification`` (4.57): ``score``, without bias, of the final-normed state of
+    each sequence's last token that is not padding.
 
     Attributes:
         classes: K, its ``num_labels``.
@@ -283,6 +290,8 @@ class SequenceClassifier(StateLoss):
     pad_token_id: int | None = None
     weights: str | None = None
     seed: int = 0
+
+    measured: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def __post_init__(self) -> None:
         if self.problem not in (SINGLE_LABEL, MULTI_LABEL, REGRESSION):
@@ -308,7 +317,7 @@ class SequenceClassifier(StateLoss):
         """int64 [B]."""
         if self.last is not None:
             return tokens[self.last]
-        kept_BS = tokens["tokens"] != self.pad_token_id
+        kept_BS = tokens["tokens"].ne(torch.tensor(self.pad_token_id))
         return (torch.arange(kept_BS.shape[1], device=kept_BS.device) * kept_BS).argmax(dim=1)
 
     def logits(self, state_CBH: Tensor, tokens: Tokens, head: nn.Module) -> tuple[Tensor, Tensor]:
@@ -332,6 +341,16 @@ class SequenceClassifier(StateLoss):
             total = F.binary_cross_entropy_with_logits(logits_nK, labels_nK, reduction="sum")
         return total / (len(labels_B) * self.classes)
 
+    def measures(self, state_CBH: Tensor, tokens: Tokens, head: nn.Module | None) -> dict[str, Tensor]:
+        """accuracy: the share of sequences whose class has the largest logit; of other problems nothing."""
+        if self.problem != SINGLE_LABEL:
+            return {}
+        assert head is not None
+        logits_nK, sequences = self.logits(state_CBH, tokens, head)
+        labels_B = tokens[self.labels]
+        right = (logits_nK.argmax(dim=1).to(labels_B.device) == labels_B[sequences.to(labels_B.device)]).sum()
+        return {"accuracy": right.float() / (labels_B != IGNORED).sum().clamp(min=1)}
+
 
 def _read_score(folder: str) -> Tensor:
     files = TensorFiles.of(Path(folder))
@@ -346,9 +365,9 @@ def _read_score(folder: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MedusaHeads(StateLoss):
-    """Medusa (https://arxiv.org/abs/2401.10774, Medusa-1 and 2): head k of ``heads`` predicts, from the state of token t,
-    token t + 1 + k, with softmax(W2 (SiLU(W1 h) + h)); the model itself predicts token t + 1. The vocabulary is split
-    over the tp ranks.
+    """Medusa (https://arxiv.org/abs/2401.10774, Medusa-1 and 2): head k of ``heads`` predicts, from the state of token
+    t, token t + 1 + k, with softmax(W2 (SiLU(W1 h) + h)); the model itself predicts token t + 1. The vocabulary is
+    split over the tp ranks.
 
     Attributes:
         vocab_size: of the model, without padding.

@@ -1,7 +1,7 @@
 """Losses on states in NeMo's Trainer.
 
-    config = configure_training(folder, topology, stages=stages, state_losses=losses, data_step_fn=whole_batch_step)
-    trainer = nl.Trainer(callbacks=[StateLossCallback()], strategy=megatron_strategy(topology), ...)
+config = configure_training(folder, topology, stages=stages, state_losses=losses, data_step_fn=whole_batch_step)
+trainer = nl.Trainer(callbacks=[StateLossCallback()], strategy=megatron_strategy(topology), ...)
 """
 
 from collections.abc import Iterator, Mapping
@@ -108,7 +108,7 @@ class StateLossModel(Qwen2HiddenModel):
         return StateLossReduction(self)
 
 
-class StateLossReduction(MegatronLossReduction):  # type: ignore[type-arg]
+class StateLossReduction(MegatronLossReduction):
     """A main loss of zero, whose backward pass starts those of the states."""
 
     def __init__(self, model: StateLossModel) -> None:

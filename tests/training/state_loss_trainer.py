@@ -52,8 +52,8 @@ class Trained(Found):
 
 def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
     """One after another."""
-    # Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
-    # a rank, being one that ends with its parent, may not start.
+    # Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266),
+    # which a rank, being one that ends with its parent, may not start.
     current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     return [_train(rank, folder, run) for run in runs]
 
@@ -77,9 +77,7 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
     with trainer_of(rank, job, folder / "model", [watcher, StateLossCallback()]) as (trainer, model, _):
         if run.alone:
             model = StateLossModel(model.config, optim=model.optim)
-        data = ColumnData(
-            columns(), samples=SAMPLES * run.steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES
-        )
+        data = ColumnData(columns(), samples=SAMPLES * run.steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES)
         trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
         if run.save is not None:
             with training_on_host():  # fit() has torn the strategy down

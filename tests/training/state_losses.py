@@ -211,13 +211,13 @@ def save_gradients(folder: Path, truth: Truth) -> Path:
     return folder
 
 
-# on ranks --------------------------------------------------------------------------------------------------------------
+# on ranks ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One schedule run. settings: of Megatron's configuration. grad_scale: of the optimizer. truth: a folder of
-    ``save_gradients``."""
+    ``save_gradients``. freeze: all but the heads. only: names of the losses that there are, all by default."""
 
     topology: Topology
     truth: str = "gradients"
@@ -225,6 +225,7 @@ class Case:
     grad_scale: float = 1.0
     per_token: bool = False
     freeze: bool = False
+    only: tuple[str, ...] = ()
     forward_only: bool = False
 
 
@@ -253,13 +254,18 @@ def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
     return found
 
 
+def chosen(case: Case, folder: Path) -> tuple[Any, ...]:
+    """The losses of a case."""
+    return tuple(loss for loss in losses(folder) if not case.only or loss.name in case.only)
+
+
 def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
     """Megatron's models of this rank, filled."""
     from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
 
     topology = case.topology
-    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": losses(folder)}
+    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": chosen(case, folder)}
     if topology.pp > 1:
         settings["microbatch_group_size_per_vp_stage"] = topology.pp
     stages = stages_of(LAYERS, pp=topology.pp, vp=topology.vp)
@@ -306,7 +312,7 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
 
     with ExitStack() as stack:
         try:
-            attached = stack.enter_context(AttachedLosses(chunks, losses(folder), groups))
+            attached = stack.enter_context(AttachedLosses(chunks, chosen(case, folder), groups))
             attached.begin_step(num_microbatches=len(mine), forward_only=case.forward_only)
             stack.enter_context(torch.set_grad_enabled(not case.forward_only))
             get_forward_backward_func()(
@@ -366,3 +372,61 @@ def _forward_step(attached: Any, groups: Any, case: Case) -> Callable[[Any, Any]
         return output, loss
 
     return step
+
+
+def new_heads(rank: Rank, folder: Path, topology: Topology) -> tuple[dict[str, Any], bool]:
+    """Weights of heads as they begin, this rank's part of each, and whether making them drew no random numbers."""
+    from nemo_qwen_hidden.model.config import configure_training
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.plan.stages import stages_of
+
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous), training_on_host():
+        config = configure_training(folder / "model", topology, stages=stages_of(LAYERS, pp=1, vp=1))
+        chunk = config.configure_model(None)
+        before = torch.get_rng_state()
+        for loss in losses(folder):
+            loss.add_head(chunk, config)
+        untouched = torch.equal(before, torch.get_rng_state())
+        dist.barrier()
+    return {name: p.detach().numpy() for name, p in chunk.state_heads.named_parameters()}, untouched
+
+
+def classified(rank: Rank, folder: Path, topology: Topology, ids: Tensor, labels: Tensor) -> tuple[float, Any, Any]:
+    """Loss, logits and errors of gradients of the classifier in ``folder``, without a schedule."""
+    from nemo_qwen_hidden.capture.sites import visit_site
+    from nemo_qwen_hidden.model.config import configure_training
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.plan.stages import stages_of
+    from nemo_qwen_hidden.training.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses import SequenceClassifier, Tokens
+
+    torch.set_num_threads(1)
+    batch, positions = {"tokens": ids, "classes": labels}, torch.arange(ids.shape[1]).expand_as(ids)
+    point, states = HookPoint("final_norm"), []
+
+    def built(weights: Path) -> tuple[Any, Any]:
+        loss = SequenceClassifier(name="class", classes=3, pad_token_id=0, weights=str(weights))
+        config = configure_training(
+            weights, topology, stages=stages_of(3, pp=1, vp=1), output_layer=False, state_losses=(loss,)
+        )
+        return loss, config.configure_model(None)
+
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, training_on_host():
+        loss, chunk = built(folder / "classifier")
+        chunk.train()
+        visit_site(chunk, point, lambda state, _given: states.append(state.detach()))
+        with AttachedLosses([chunk], (loss,), groups) as attached:
+            attached.begin_step(num_microbatches=1)
+            attached.begin_microbatch(batch)
+            (chunk(ids, positions, None) * 0).sum().backward()
+            value = attached.end_step()["class"]
+        logits, _ = loss.logits(
+            states[0], Tokens.at(point, groups.place, batch), chunk.state_heads.get_submodule("class")
+        )
+        _, expected = built(folder / "gradients")
+        truth = dict(expected.named_parameters())
+        errors = {name: _error(p.grad, truth[name]) for name, p in chunk.named_parameters()}
+        dist.barrier()
+    return value, logits.detach().numpy(), errors
