@@ -51,8 +51,11 @@ REMOTE = ["fsspec>=2024.12"]
 # What tests/lens compares every site with; 3.3 asks for transformers 5.
 LENS = ["transformer_lens>=3.2,<3.3"]
 
+# What `nemo-qwen-hidden drift --to` draws with.
+PICTURES = ["matplotlib>=3.10"]
+
 # What benchmarks/ sets extract beside, together with the extra `lens`, and draws the result with.
-BENCH = ["nnsight>=0.8.1,<0.9", "matplotlib>=3.10"]
+BENCH = ["nnsight>=0.8.1,<0.9", *PICTURES]
 
 DEV = [
     "pytest>=9",
@@ -91,6 +94,13 @@ setup(
     package_data={PACKAGE: ["py.typed", "demo/*.jsonl", "demo/model/*"], f"{PACKAGE}.conf": ["*.yaml", "*/*.yaml"]},
     entry_points={"console_scripts": ["nemo-qwen-hidden = nemo_qwen_hidden.cli.main:main"]},
     install_requires=REQUIRES,
-    extras_require={"gpu": GPU, "remote": REMOTE, "lens": LENS, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "gpu": GPU,
+        "remote": REMOTE,
+        "lens": LENS,
+        "pictures": PICTURES,
+        "bench": BENCH,
+        "dev": DEV,
+    },
     zip_safe=False,
 )

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.store.read.datasets import BatchLoader, DocumentBatches, RowBatches
     from nemo_qwen_hidden.store.read.reader import open_store
+    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "BatchLoader",
     "DocumentBatches",
+    "HiddenStatesCallback",
     "HookPoint",
     "Qwen2HiddenModel",
     "RowBatches",
@@ -26,6 +28,7 @@ __all__ = [
 _HOMES = {
     "BatchLoader": "nemo_qwen_hidden.store.read.datasets",
     "DocumentBatches": "nemo_qwen_hidden.store.read.datasets",
+    "HiddenStatesCallback": "nemo_qwen_hidden.training.callback",
     "HookPoint": "nemo_qwen_hidden.hookpoint",
     "Qwen2HiddenModel": "nemo_qwen_hidden.model.hidden_model",
     "RowBatches": "nemo_qwen_hidden.store.read.datasets",

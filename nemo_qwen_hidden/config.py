@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 
-from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
+from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, UserError, raise_all
 from nemo_qwen_hidden.topology import Topology
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -18,6 +18,8 @@ NONFINITE = ("refuse", "keep")
 ADD = ("hook_points", "documents")
 KEEP = ("all", "last", "spans", "mask", "assistant")
 SAMPLE_OF = ("document", "all")
+RECOMPUTE = ("none", "selective", "uniform", "block")
+PHASES = ("train", "validation")
 POOL = ("none", "last", "mean", "weighted_mean")
 MEANS = ("mean", "weighted_mean")
 
@@ -183,6 +185,114 @@ class Settings:
     def stored_dtype(self) -> str:
         """``precision.stored``, or the compute dtype where none was chosen."""
         return self.precision.stored or self.precision.compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a model is fine-tuned.
+
+    lr falls to ``min_lr`` by a cosine over ``max_steps``, after ``warmup_steps`` of rising from 0. seq_length: tokens
+    of a sequence. validation_part: of the documents, the last ones. validation_every, checkpoint_every: steps.
+    validation_batches: global batches of one validation; None for all. keep_checkpoints: of those before the last.
+    recompute: what is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of
+    attention; ``uniform``, all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of
+    each stage. seed: of the order of the data. log_every: steps between lines of progress.
+    """
+
+    max_steps: int = 100
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    seq_length: int = 256
+    validation_part: float = 0.05
+    validation_every: int = 50
+    validation_batches: int | None = 4
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 0
+    recompute: str = "none"
+    recompute_layers: int = 1
+    seed: int = 0
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """path: the folder of a fine-tuning run, new or one to go on with: checkpoints, TensorBoard's events, logs."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """Which hidden states of a run are captured while it trains; where is ``capture.hook_points``.
+
+    store: the folder of the store for them; None captures nothing. every: steps between captures. phases: of
+    ``train`` and ``validation``.
+    """
+
+    store: str | None = None
+    every: int = 10
+    phases: tuple[str, ...] = ("train",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """One fine-tuning run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    capture: CaptureSettings = field(default_factory=CaptureSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+
+def check_finetuning(settings: FinetuneSettings) -> None:
+    """Checks what can be checked from the settings alone.
+
+    Raises:
+        UserError: one problem, or ``ConfigErrors`` with all of them.
+    """
+    train, problems = settings.train, list[UserError]()
+    if train.recompute not in RECOMPUTE:
+        problems.append(ConfigError("train.recompute", f"must be one of {', '.join(RECOMPUTE)}", train.recompute))
+    least = dict.fromkeys(("warmup_steps", "keep_checkpoints", "seed", "lr", "min_lr", "weight_decay", "clip_grad"), 0)
+    least |= dict.fromkeys(("max_steps", "global_batch_size", "micro_batch_size", "seq_length", "validation_every"), 1)
+    least |= dict.fromkeys(("validation_batches", "checkpoint_every", "recompute_layers", "log_every"), 1)
+    for name, bound in least.items():
+        value = getattr(train, name)
+        if value is not None and not bound <= value < math.inf:  # nor NaN
+            problems.append(ConfigError(f"train.{name}", f"must be at least {bound}", value))
+    if not 0 <= train.validation_part < 1:
+        rule = "must be at least 0, for no validation, and below 1"
+        problems.append(ConfigError("train.validation_part", rule, train.validation_part))
+    if train.recompute_layers != 1 and train.recompute not in ("uniform", "block"):
+        rule = "must be 1 unless `train.recompute` is uniform or block"
+        problems.append(ConfigError("train.recompute_layers", rule, train.recompute_layers))
+    if settings.precision.compute == "fp16":
+        rule = "must be fp32 or bf16 for training: fp16 would need its loss scaled"
+        problems.append(ConfigError("precision.compute", rule, "fp16"))
+    if settings.watch.every < 1:
+        problems.append(ConfigError("watch.every", "must be at least 1", settings.watch.every))
+    if not settings.watch.phases or not set(settings.watch.phases) <= set(PHASES):
+        problems.append(ConfigError("watch.phases", f"must hold {' or '.join(PHASES)}", settings.watch.phases))
+    if settings.parallel.auto:
+        problems.append(ConfigError("parallel.auto", "must be false for training, whose layout you choose", True))
+    try:
+        shared = {each.name: getattr(settings, each.name) for each in fields(Settings) if hasattr(settings, each.name)}
+        check(Settings(**shared))
+    except ConfigErrors as several:
+        problems += several.problems
+    except UserError as problem:
+        problems.append(problem)
+    raise_all(problems)
 
 
 def check(settings: Settings) -> None:

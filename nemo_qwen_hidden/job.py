@@ -13,7 +13,7 @@ from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
-from nemo_qwen_hidden.config import BYTES, MEANS, Settings, check
+from nemo_qwen_hidden.config import BYTES, MEANS, ParallelSettings, Settings, check
 from nemo_qwen_hidden.data.sources import check_path, read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Outline:
     @property
     def split(self) -> Split:
         """How the settings divide the layers into stages."""
-        return _split(self.settings)
+        return split_of(self.settings.parallel)
 
     @property
     def final_norm(self) -> bool:
@@ -164,7 +164,7 @@ def outline(
     check(settings)
     shape = architecture.shape
     points = expand(settings.capture.hook_points, num_layers=shape.num_layers)
-    num_layers = max(1, deepest(points, shape.num_layers)) if _split(settings).even else shape.num_layers
+    num_layers = max(1, deepest(points, shape.num_layers)) if split_of(settings.parallel).even else shape.num_layers
     max_tokens = settings.data.max_tokens or architecture.max_positions
     on_gpus = has_gpus() if machine is None else not machine.shared_cores
     work = Work(
@@ -178,7 +178,7 @@ def outline(
         mlp_rows=None if on_gpus else MLP_ROWS,
     )
     choice = choose(work, machine or find_machine(settings, world=world)) if settings.parallel.auto else None
-    topology = _asked_topology(settings, world) if choice is None else choice.topology
+    topology = asked_topology(settings.parallel, world) if choice is None else choice.topology
     problems = _problems(settings, architecture, topology)
     try:
         if settings.tokens.max_norm is not None:
@@ -191,7 +191,7 @@ def outline(
         problems.append(problem)
     stages: tuple[range, ...] = ()
     try:
-        stages = stages_of(num_layers, pp=topology.pp, vp=topology.vp, split=_split(settings))
+        stages = stages_of(num_layers, pp=topology.pp, vp=topology.vp, split=split_of(settings.parallel))
     except ConfigError as problem:
         problems.append(problem)
     raise_all(problems)
@@ -246,8 +246,8 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool, machine: 
     return job
 
 
-def _split(settings: Settings) -> Split:
-    parallel = settings.parallel
+def split_of(parallel: ParallelSettings) -> Split:
+    """How the settings divide the layers into stages."""
     return Split(
         first_layers=parallel.first_stage_layers,
         last_layers=parallel.last_stage_layers,
@@ -268,8 +268,12 @@ def _fields(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _asked_topology(settings: Settings, world: int | None) -> Topology:
-    asked = settings.parallel
+def asked_topology(asked: ParallelSettings, world: int | None) -> Topology:
+    """The layout that the settings ask for, of the ranks that a launcher has started (None: that none has).
+
+    Raises:
+        ConfigError: they do not make one.
+    """
     dp = resolve_dp(tp=asked.tp, pp=asked.pp, cp=asked.cp, dp=asked.dp, world=world)
     return Topology(tp=asked.tp, pp=asked.pp, vp=asked.vp, cp=asked.cp, dp=dp, sp=asked.sp)
 

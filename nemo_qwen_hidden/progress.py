@@ -19,6 +19,20 @@ class Progress:
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """A step of training that is done, counted from 1; ``validation_loss`` where it was followed by one. Losses are
+    means over tokens, in nats."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    lr: float
+    validation_loss: float | None = None
+    tokens_per_second: float
+
+
 Event = Phase | Progress
 Report = Callable[[Event], None]
 

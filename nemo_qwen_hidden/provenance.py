@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight, weights_sha256
 from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.norm_file import norm_file
-from nemo_qwen_hidden.topology import AXES
+from nemo_qwen_hidden.topology import AXES, Topology
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors")
 
@@ -42,12 +43,19 @@ def producer_of(job: Job, work: str, started: float) -> dict[str, Any]:
     """Who works on a store, and how. work: what the job does, in words. started: unix time in seconds."""
     settings = job.settings
     return {
-        "work": work,
-        "hook_points": [str(point) for point in job.points],
-        "layout": {axis: getattr(job.topology, axis) for axis in (*AXES, "sp")},
+        **record_of(work, job.points, job.topology, started),
         "batch_tokens": settings.data.batch_tokens,
         "packing": settings.data.packing,
         "gather": settings.capture.gather,
+    }
+
+
+def record_of(work: str, points: Iterable[HookPoint], topology: Topology, started: float) -> dict[str, Any]:
+    """What is said of every job that works on a store, whatever it does."""
+    return {
+        "work": work,
+        "hook_points": [str(point) for point in points],
+        "layout": {axis: getattr(topology, axis) for axis in (*AXES, "sp")},
         "versions": {"nemo_qwen_hidden": __version__, **dict(_versions())},
         "git_revision": _git_revision(),
         "command": sys.argv,

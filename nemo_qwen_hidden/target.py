@@ -8,6 +8,7 @@ from typing import Any
 from nemo_qwen_hidden.errors import StoreError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, by_depth
 from nemo_qwen_hidden.job import Job
+from nemo_qwen_hidden.store.captured import PHASE
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import FINAL_NORM_FILE
 from nemo_qwen_hidden.store.manifest import MEANS, Manifest
@@ -33,6 +34,9 @@ def check_settings(
             rule = "must be the folder of a store, to which `store.add` adds"
             raise StoreError("store.path", rule, str(job.store_path))
         return
+    if found.grows or any(PHASE in part.data for part in store.parts):
+        rule = "must be a new folder or an extraction's store, and captured steps of a training run are there"
+        raise StoreError("store.path", f"{rule} (store.overwrite=true replaces them)", str(job.store_path))
     settings, where = job.settings, _where(job, found)
     expected = [
         ("model.path", "weights of sha256 {}", store.model.get("weights_sha256"), model["weights_sha256"]),

@@ -6,8 +6,8 @@ imported to refuse a setting.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import fields, replace
+from typing import Any, TypeVar, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_qwen_hidden.cli import config_file, known, overrides
 from nemo_qwen_hidden.cli.conf_folder import conf_folder
-from nemo_qwen_hidden.config import Settings
+from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
+
+T = TypeVar("T", Settings, FinetuneSettings)
 
 _RULES = {
     int: "must be a whole number",
@@ -30,7 +32,7 @@ _RULES = {
 
 
 def compose(texts: Sequence[str], *, config: str | None = None) -> Settings:
-    """The settings that command-line overrides ``texts`` and the settings file ``config`` ask for.
+    """The settings of an extraction that command-line overrides ``texts`` and the settings file ``config`` ask for.
 
     ``config_file`` says what such a file holds. The settings' values fit their types and are otherwise unchecked:
     ``config.check`` is the caller's.
@@ -38,52 +40,59 @@ def compose(texts: Sequence[str], *, config: str | None = None) -> Settings:
     Raises:
         UserError: one problem, or ``ConfigErrors`` with all of them.
     """
-    asked = overrides.read(texts)
-    file = config_file.read(config) if config is not None else config_file.ConfigFile(presets={}, values={})
+    return _composed(texts, config, Settings, "config")
+
+
+def compose_finetuning(texts: Sequence[str], *, config: str | None = None) -> FinetuneSettings:
+    """As ``compose``, the settings of a fine-tuning run."""
+    return _composed(texts, config, FinetuneSettings, "finetune")
+
+
+def _composed(texts: Sequence[str], config: str | None, kind: type[T], root: str) -> T:
+    asked = overrides.read(texts, kind)
+    file = config_file.read(config, kind) if config is not None else config_file.ConfigFile(presets={}, values={})
     presets = [f"{group}={preset}" for group, preset in file.presets.items() if group not in asked.groups]
-    tree = _hydra([*presets, *asked.texts])
+    tree = _hydra(root, [*presets, *asked.texts])
     for key, value in file.values.items():
         if key not in asked.keys and key.partition(".")[0] not in asked.groups:
             OmegaConf.update(tree, key, value, merge=False)
-    return _typed(tree)
+    return _typed(tree, kind)
 
 
-def _hydra(texts: list[str]) -> DictConfig:
+def _hydra(root: str, texts: list[str]) -> DictConfig:
     with initialize_config_dir(config_dir=str(conf_folder()), job_name="nemo_qwen_hidden", version_base="1.3"):
         try:
-            return hydra_compose("config", overrides=texts)
+            return hydra_compose(root, overrides=texts)
         except (HydraException, OmegaConfBaseException) as problem:
             raise ConfigError("settings", f"must compose ({_first_line(problem)})", texts) from problem
 
 
-def _typed(tree: DictConfig) -> Settings:
-    """``tree`` as ``Settings``: every value of its field's type, every problem reported at once."""
-    schema = OmegaConf.structured(Settings)
-    for group in known.groups():  # The dataclasses are frozen, which OmegaConf takes for read-only.
+def _typed(tree: DictConfig, kind: type[T]) -> T:
+    """``tree`` as settings: every value of its field's type, every problem reported at once."""
+    schema = OmegaConf.structured(kind)
+    for group in known.groups(kind):  # The dataclasses are frozen, which OmegaConf takes for read-only.
         OmegaConf.set_readonly(schema[group], False)
-    kinds = known.kinds()
+    kinds = known.kinds(kind)
     problems: list[UserError] = []
     for group, settings in _plain(tree).items():
         for name, given in settings.items():
             key = f"{group}.{name}"
             if key not in kinds:
-                problems.append(known.unknown(key, given))
+                problems.append(known.unknown(key, given, kind))
                 continue
             try:
                 _assign(schema, key, _resolved(tree, key, given), kinds[key])
             except ConfigError as problem:
                 problems.append(problem)
     raise_all(problems)
-    settings = cast(Settings, OmegaConf.to_object(schema))
-    return replace(
-        settings,
-        capture=replace(
-            settings.capture,
-            hook_points=tuple(settings.capture.hook_points),
-            heads=tuple(settings.capture.heads),
-        ),
-        tokens=replace(settings.tokens, spans=tuple(settings.tokens.spans)),
-    )
+    settings = cast(T, OmegaConf.to_object(schema))
+    return replace(settings, **{group: _with_tuples(getattr(settings, group)) for group in known.groups(kind)})
+
+
+def _with_tuples(settings: Any) -> Any:
+    """OmegaConf has lists where the settings of a group have tuples."""
+    values = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    return replace(settings, **{name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
 def _resolved(tree: DictConfig, key: str, given: object) -> Any:

@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_qwen_hidden.cli import known
+from nemo_qwen_hidden.cli.known import Kind
+from nemo_qwen_hidden.config import Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 
 SETTING = "--config"
@@ -33,7 +35,7 @@ class ConfigFile:
     values: dict[str, Any]
 
 
-def read(path: str) -> ConfigFile:
+def read(path: str, kind: Kind = Settings) -> ConfigFile:
     """Reads and checks the file; values' types are not looked at.
 
     Raises:
@@ -41,16 +43,16 @@ def read(path: str) -> ConfigFile:
     """
     content = _load(path)
     problems: list[UserError] = []
-    presets = _presets(content.pop("defaults", []), problems)
+    presets = _presets(content.pop("defaults", []), problems, kind)
     values: dict[str, Any] = {}
     for group, settings in content.items():
-        if group not in known.groups():
-            problems.append(known.unknown(str(group), f"{group} in {path}"))
+        if group not in known.groups(kind):
+            problems.append(known.unknown(str(group), f"{group} in {path}", kind))
         elif not isinstance(settings, dict):
             problems.append(ConfigError(group, "must hold settings by key; a preset stands under `defaults`", settings))
         else:
             values |= {f"{group}.{name}": value for name, value in settings.items()}
-    problems += [known.unknown(key, f"{key} in {path}") for key in values if key not in known.kinds()]
+    problems += [known.unknown(key, f"{key} in {path}", kind) for key in values if key not in known.kinds(kind)]
     raise_all(problems)
     return ConfigFile(presets=presets, values=values)
 
@@ -73,7 +75,7 @@ def _load(path: str) -> dict[Any, Any]:
     return loaded
 
 
-def _presets(defaults: object, problems: list[UserError]) -> dict[str, str]:
+def _presets(defaults: object, problems: list[UserError], kind: Kind) -> dict[str, str]:
     presets: dict[str, str] = {}
     entries = defaults if isinstance(defaults, list) else [defaults]
     for entry in entries:
@@ -81,8 +83,8 @@ def _presets(defaults: object, problems: list[UserError]) -> dict[str, str]:
             problems.append(ConfigError("defaults", "must be a list of `group: preset`", entry))
             continue
         for group, preset in entry.items():
-            if group not in known.groups():
-                problems.append(known.unknown(str(group), f"{group}: {preset}"))
+            if group not in known.groups(kind):
+                problems.append(known.unknown(str(group), f"{group}: {preset}", kind))
             elif preset not in known.presets(group):
                 problems.append(known.unknown_preset(group, preset))
             else:

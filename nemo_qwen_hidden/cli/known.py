@@ -7,20 +7,22 @@ from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from nemo_qwen_hidden.cli.conf_folder import conf_folder
-from nemo_qwen_hidden.config import Settings
+from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError
 
+Kind = type[Settings] | type[FinetuneSettings]
 
-def groups() -> tuple[str, ...]:
+
+def groups(kind: Kind = Settings) -> tuple[str, ...]:
     """Names of the groups of settings, such as ``parallel``."""
-    return tuple(group.name for group in fields(Settings))
+    return tuple(group.name for group in fields(kind))
 
 
-def kinds() -> dict[str, type]:
+def kinds(kind: Kind = Settings) -> dict[str, type]:
     """Every key, such as ``parallel.tp``, with the type of its value where it is not null."""
     return {
         f"{group}.{name}": _kind(annotation)
-        for group, settings in get_type_hints(Settings).items()
+        for group, settings in get_type_hints(kind).items()
         for name, annotation in get_type_hints(settings).items()
     }
 
@@ -30,9 +32,9 @@ def presets(group: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
 
 
-def unknown(key: str, given: object) -> ConfigError:
+def unknown(key: str, given: object, kind: Kind = Settings) -> ConfigError:
     """The error for a key that is not a setting, with the one that was probably meant."""
-    meant = _closest(key, (*kinds(), *groups()))
+    meant = _closest(key, (*kinds(kind), *groups(kind)))
     hint = f"did you mean `{meant}`?" if meant else "`--settings` lists them"
     return ConfigError(key, f"must be one of the known settings ({hint})", given)
 

@@ -10,13 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
-from nemo_qwen_hidden.cli import PROGRAM
+from nemo_qwen_hidden.cli import PROGRAM, drift
 from nemo_qwen_hidden.cli.plan_options import add_options
 from nemo_qwen_hidden.cli.store_commands import add_commands
+from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import FAILED, HiddenStatesError, PeerError, UserError
 
 if TYPE_CHECKING:
-    from nemo_qwen_hidden.config import Settings
+    from nemo_qwen_hidden.cli.known import Kind
     from nemo_qwen_hidden.doctor.report import Report
     from nemo_qwen_hidden.job import Job
 
@@ -38,6 +39,7 @@ examples:
   nemo-qwen-hidden inspect out/demo
   nemo-qwen-hidden verify --full out/demo
   nemo-qwen-hidden doctor parallel.tp=2
+  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
 
 COMMAND --help says more. Exit status: 0 done, 1 a fault, or something wrong
 that verify or doctor found, 2 something asked for cannot be done,
@@ -125,6 +127,32 @@ examples:
 """
 )
 
+_FINETUNE = """\
+most used settings (--settings lists all, with their defaults and presets):
+  run.path=FOLDER                checkpoints, TensorBoard's events and logs: new,
+                                 or a run to go on with
+  model.path=FOLDER_OR_HUB_ID    a Qwen2 or Qwen2.5; else the embedded one
+  data.path=FILE_FOLDER_OR_GLOB  text, JSONL, Parquet; else the embedded text
+  train.max_steps=200 train.lr=1e-4 train.seq_length=512
+  train.global_batch_size=16 train.micro_batch_size=2
+  train.recompute=uniform        none (the default), selective, uniform, block
+  parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.dp=2
+                                 also parallel.sp=true, parallel.vp=2
+  precision.compute=bf16         fp32 is the default
+  watch.store=FOLDER capture.hook_points='[resid_post@3]' watch.every=10
+                                 hidden states of every tenth step into a store
+
+Trains with NeMo's own trainer, strategy, optimizer and checkpoints. After
+Ctrl-C or a crash the same command goes on from the last checkpoint, in any
+layout. Without torchrun, the ranks asked for are started on this machine, which
+then must have no GPU. Libraries' messages go to log.txt in the run's folder.
+
+examples:
+  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
+  torchrun --nproc-per-node 4 -m nemo_qwen_hidden finetune parallel=tp2_pp2 \\
+      model.path=Qwen/Qwen2.5-0.5B data.path=texts run.path=out/run
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 a fault, 2 the user's mistake, 130 interrupted."""
@@ -180,19 +208,23 @@ def _parser() -> argparse.ArgumentParser:
     extract = _command(commands, "extract", "run documents through a model and store hidden states", _EXTRACT)
     plan = _command(commands, "plan", "say what extract would do, without loading weights", _PLAN)
     doctor = _command(commands, "doctor", "check hidden states, and say what is wrong with them", _DOCTOR)
-    for command, run in ((extract, _extract), (plan, _plan), (doctor, _doctor)):
+    finetune = _command(commands, "finetune", "fine-tune a model with NeMo, and watch its hidden states", _FINETUNE)
+    for command, run in ((extract, _extract), (plan, _plan), (doctor, _doctor), (finetune, _finetune)):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, or presets as GROUP=NAME")
         command.add_argument("--config", metavar="FILE", help="a YAML file of settings, such as a recipe's")
-        command.add_argument("--settings", action=_ShowSettings, help="list every setting and preset, and exit")
+        kind = FinetuneSettings if command is finetune else Settings
+        listed = "list every setting and preset, and exit"
+        command.add_argument("--settings", action=_ShowSettings, kind=kind, help=listed)
         command.set_defaults(run=run)
     add_options(plan)
-    for command in (extract, doctor):
+    for command in (extract, doctor, finetune):
         command.add_argument("--quiet", action="store_true", help="no progress, only the result")
     doctor.add_argument("--against", metavar="STORE", help="look at a store, or at a file of states, not at a model")
     doctor.add_argument("--documents", type=_at_least_one, default=8, metavar="N", help="look at N documents (8)")
     doctor.add_argument("--tokens", type=_at_least_one, default=128, metavar="N", help="and the first N tokens (128)")
     doctor.add_argument("--json", action="store_true", help="the report for programs: JSON on stdout")
     add_commands(partial(_command, commands))
+    drift.add_command(partial(_command, commands))
     return parser
 
 
@@ -213,16 +245,17 @@ def _at_least_one(text: str) -> int:
 
 
 class _ShowSettings(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, kind: "Kind", help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._kind = kind
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from nemo_qwen_hidden.cli.settings_table import presets_table, settings_table
 
-        for row in settings_table():
+        for row in settings_table(self._kind):
             print(f"{row.key} = {row.default}\n{_wrapped(row.help)}")
         print("\npresets")
-        for group, names in presets_table().items():
+        for group, names in presets_table(self._kind).items():
             print(_wrapped(f"{group}={' '.join(names)}"))
         parser.exit(0)
 
@@ -274,6 +307,18 @@ def _extract(parsed: argparse.Namespace) -> int:
             show.summary(summary, terminal)
             show.trace(job, summary, terminal)
     return 0
+
+
+def _finetune(parsed: argparse.Namespace) -> int:
+    from nemo_qwen_hidden import finetuning
+    from nemo_qwen_hidden.cli import finetune
+    from nemo_qwen_hidden.cli.compose import compose_finetuning
+    from nemo_qwen_hidden.parallel.launch import launched_world
+
+    with _one_of_a_machine_says():
+        settings = compose_finetuning(parsed.overrides, config=parsed.config)
+        job = finetuning.prepare(settings, world=launched_world())
+    return finetune.run(parsed, job)
 
 
 def _plan(parsed: argparse.Namespace) -> int:

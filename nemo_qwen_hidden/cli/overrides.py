@@ -8,6 +8,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from nemo_qwen_hidden.cli import known
+from nemo_qwen_hidden.cli.known import Kind
+from nemo_qwen_hidden.config import Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 
 
@@ -20,7 +22,7 @@ class Overrides:
     groups: frozenset[str]
 
 
-def read(texts: Sequence[str]) -> Overrides:
+def read(texts: Sequence[str], kind: Kind = Settings) -> Overrides:
     """Checks every override by itself; values' types are not looked at.
 
     Raises:
@@ -31,19 +33,19 @@ def read(texts: Sequence[str]) -> Overrides:
     parser = OverridesParser.create()
     for text in texts:
         try:
-            text, override = _parse(text, parser)
-            _check(text, override)
+            text, override = _parse(text, parser, kind)
+            _check(text, override, kind)
         except ConfigError as problem:
             problems.append(problem)
             continue
         read_texts.append(text)
         names.append(override.key_or_group)
     raise_all(problems)
-    groups = frozenset(known.groups()).intersection(names)
+    groups = frozenset(known.groups(kind)).intersection(names)
     return Overrides(texts=tuple(read_texts), keys=frozenset(names) - groups, groups=groups)
 
 
-def _parse(text: str, parser: OverridesParser) -> tuple[str, Override]:
+def _parse(text: str, parser: OverridesParser, kind: Kind) -> tuple[str, Override]:
     """``text`` and what it says.
 
     A setting that holds text takes ``2024_01`` or ``notes (1).txt`` as it stands, which Hydra's grammar would read as
@@ -52,7 +54,7 @@ def _parse(text: str, parser: OverridesParser) -> tuple[str, Override]:
     key, equals, value = text.partition("=")
     override = _understood(text, parser)
     taken = override is not None and isinstance(override.value(), str | list | dict | None)
-    if equals and not taken and known.kinds().get(key) is str and not set(value) & set("'\"\\"):
+    if equals and not taken and known.kinds(kind).get(key) is str and not set(value) & set("'\"\\"):
         text = f'{key}="{value}"'
         override = _understood(text, parser)
     if override is not None:
@@ -69,11 +71,11 @@ def _understood(text: str, parser: OverridesParser) -> Override | None:
         return None
 
 
-def _check(text: str, override: Override) -> None:
+def _check(text: str, override: Override, kind: Kind) -> None:
     key = override.key_or_group
-    is_group = key in known.groups()
-    if not is_group and key not in known.kinds():
-        raise known.unknown(key or text, text)
+    is_group = key in known.groups(kind)
+    if not is_group and key not in known.kinds(kind):
+        raise known.unknown(key or text, text, kind)
     if text[0] in "+~" or override.package is not None:
         raise ConfigError(key, "must be set as `key=value`, without `+`, `~` or `@`", text)
     if is_group and override.value() not in known.presets(key):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from nemo_qwen_hidden.cli import known
 from nemo_qwen_hidden.cli.conf_folder import conf_folder
+from nemo_qwen_hidden.cli.known import Kind
+from nemo_qwen_hidden.config import Settings
 
 _LINE = re.compile(r"(?P<name>\w+): (?P<default>.*\S)  # (?P<help>.+)")
 
@@ -18,14 +20,14 @@ class SettingHelp:
     help: str
 
 
-def settings_table() -> tuple[SettingHelp, ...]:
-    """Every setting, in the order of ``config.Settings``."""
-    return tuple(row for group in known.groups() for row in _rows(group))
+def settings_table(kind: Kind = Settings) -> tuple[SettingHelp, ...]:
+    """Every setting, in the order of ``kind``."""
+    return tuple(row for group in known.groups(kind) for row in _rows(group))
 
 
-def presets_table() -> dict[str, tuple[str, ...]]:
+def presets_table(kind: Kind = Settings) -> dict[str, tuple[str, ...]]:
     """The presets of every group that has more than its default."""
-    presets = {group: known.presets(group) for group in known.groups()}
+    presets = {group: known.presets(group) for group in known.groups(kind)}
     return {group: names for group, names in presets.items() if len(names) > 1}
 
 

@@ -30,7 +30,9 @@ def store(opened: "Store", terminal: Terminal) -> None:
     facts = _size_facts(described, files(opened)) + _origin_facts(described)
     job = unfinished(opened)
     terminal.table(facts if job is None else [*facts, ("unfinished", job)], "store")
-    if len(described["parts"]) > 1:
+    if described["steps"]:
+        terminal.grid(("phase", "steps", "", "rows", "samples"), _step_rows(described["steps"]), "captured steps")
+    elif len(described["parts"]) > 1:
         terminal.grid(("part", "rows", "documents", "shards of", "data"), _ends(_part_rows(described)), "parts")
     if len(described["producers"]) > 1:
         terminal.grid(("job", "begun", "layout"), _ends(_job_rows(described)), "jobs")
@@ -185,6 +187,17 @@ def _part_rows(described: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for number, part in enumerate(described["parts"])
     ]
+
+
+def _step_rows(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each phase."""
+    lines: list[tuple[str, ...]] = []
+    for phase in dict.fromkeys(step["phase"] for step in steps):
+        mine = [step for step in steps if step["phase"] == phase]
+        numbers = [step["step"] for step in mine]
+        rows, samples = (sum(step[name] for step in mine) for name in ("rows", "documents"))
+        lines.append((phase, f"{len(mine):,}", f"{min(numbers):,} to {max(numbers):,}", f"{rows:,}", f"{samples:,}"))
+    return lines
 
 
 def _job_rows(described: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import IO
 
 from nemo_qwen_hidden.data.document import Document
 from nemo_qwen_hidden.data.files import SourceFile
-from nemo_qwen_hidden.data.record import Fields, to_document
+from nemo_qwen_hidden.data.record import Fields, document_id, to_document
 
 
 def read_jsonl(file: SourceFile, fields: Fields) -> Iterator[Document]:
@@ -18,14 +18,27 @@ def read_jsonl(file: SourceFile, fields: Fields) -> Iterator[Document]:
     Raises:
         DataError: a line that is not UTF-8, not JSON or not an object, a bad record, or a damaged gzip file.
     """
-    index = 0
+    for index, (record, place) in enumerate(_records(file)):
+        yield to_document(record, file=file, index=index, place=place, fields=fields)
+
+
+def read_jsonl_field(file: SourceFile, field: str, fields: Fields) -> Iterator[tuple[str, object]]:
+    """The id of each document of one file, and what its record has in ``field``: None where that is absent.
+
+    Raises:
+        DataError: as ``read_jsonl``, but for what only contents can be wrong in.
+    """
+    for index, (record, place) in enumerate(_records(file)):
+        yield document_id(record, file, index, place, fields), record.get(field)
+
+
+def _records(file: SourceFile) -> Iterator[tuple[dict[str, object], str]]:
+    """Each record, and where it stands."""
     for number, line in enumerate(_lines(file), start=1):
         place = f"line {number} of '{file.path}'"
         text = _decode(line, file, place).rstrip()
         if text:
-            record = _parse(text, file, place)
-            yield to_document(record, file=file, index=index, place=place, fields=fields)
-            index += 1
+            yield _parse(text, file, place), place
 
 
 def _open(file: SourceFile) -> IO[bytes] | gzip.GzipFile:

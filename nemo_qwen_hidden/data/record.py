@@ -69,7 +69,7 @@ def to_document(record: Mapping[str, object], *, file: SourceFile, index: int, p
         else:
             mask = mask_of(given, None if ids is None else len(ids), file=file, place=place, field=fields.mask)
     return Document(
-        id=_document_id(record.get(fields.id), file, index, place, fields),
+        id=document_id(record, file, index, place, fields),
         source=file.name,
         text=text,
         token_ids=ids,
@@ -94,7 +94,9 @@ def _check_one(record: Mapping[str, object], *, file: SourceFile, place: str, fi
     raise file.error(f"must hold one of `{text}`, `{token_ids}` and `{messages}` in each record ({what})")
 
 
-def _document_id(given: object, file: SourceFile, index: int, place: str, fields: Fields) -> str:
+def document_id(record: Mapping[str, object], file: SourceFile, index: int, place: str, fields: Fields) -> str:
+    """The id of the document in a record: its own, or ``<source>#<index>``; see ``to_document``."""
+    given = record.get(fields.id)
     if given is None:
         return f"{file.name}#{index}"
     if isinstance(given, str) or type(given) is int:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from nemo_qwen_hidden.data.columns import read_parquet, read_saved
 from nemo_qwen_hidden.data.document import Document
 from nemo_qwen_hidden.data.files import JSONL, PARQUET, SAVED, TEXT, SourceFile, list_files
-from nemo_qwen_hidden.data.jsonl import read_jsonl
+from nemo_qwen_hidden.data.jsonl import read_jsonl, read_jsonl_field
 from nemo_qwen_hidden.data.record import Fields
 
-__all__ = ["Document", "check_path", "read_documents"]
+__all__ = ["Document", "check_path", "read_documents", "read_fields"]
 
 
 def read_documents(
@@ -35,6 +35,23 @@ def read_documents(
     """
     fields = Fields(text=text_field, id=id_field, messages=messages_field, mask=mask_field)
     return _stream(list_files(path), fields)
+
+
+def read_fields(path: str, field: str, *, id_field: str = "id") -> Iterator[tuple[str, object]]:
+    """Of each document its id, as ``read_documents`` gives it, and the value of another field of its record, None where
+    that is absent. What the document holds is not looked at.
+
+    Raises:
+        DataError: what ``list_files`` raises; a file that is not JSONL, or cannot be read.
+    """
+    fields = Fields(text="text", id=id_field)
+    for file in list_files(path):
+        if file.kind != JSONL:
+            raise file.error(f"must be JSONL, for the field `{field}` of its records ('{file.path}' is not)")
+        try:
+            yield from read_jsonl_field(file, field, fields)
+        except OSError as error:
+            raise file.unreadable(error) from error
 
 
 def check_path(

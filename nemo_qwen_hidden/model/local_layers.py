@@ -123,7 +123,11 @@ class LocalSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As Megatron's."""
         rotary = kwargs.get("rotary_pos_emb")
-        if _computes_here(self, hidden_states) and isinstance(rotary, Tensor) and kwargs.get("inference_context") is None:
+        if (
+            _computes_here(self, hidden_states)
+            and isinstance(rotary, Tensor)
+            and kwargs.get("inference_context") is None
+        ):
             kwargs["rotary_pos_emb"] = None
             self._angles = self._angles_of_tokens(rotary, kwargs.get("packed_seq_params"))
         try:

@@ -56,3 +56,23 @@ def on_rank_0(step: Callable[[], T], groups: ProcessGroups, *, status_of: Callab
         raise PeerError(outcome)
     result: T = outcome
     return result
+
+
+def on_every_rank(
+    step: Callable[[], T], groups: ProcessGroups, *, status_of: Callable[[BaseException], int]
+) -> list[T]:
+    """Does ``step`` on each rank; all values, by rank, or the failure of one reach all. Collective over all ranks.
+
+    Raises:
+        PeerError: where ``step`` has worked, when it raised on another rank, which raises the error itself.
+    """
+    try:
+        value = step()
+    except BaseException as error:
+        all_values((False, status_of(error)), groups)
+        raise
+    outcomes = all_values((True, value), groups)
+    failed = [status for worked, status in outcomes if not worked]
+    if failed:
+        raise PeerError(max(failed))
+    return [found for _, found in outcomes]

@@ -8,6 +8,8 @@ when upstream stops needing it.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from multiprocessing import dummy as threads
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from torch import Tensor
 
-Replacement = tuple[Any, str, Callable[..., Any]]
+Replacement = tuple[Any, str, Any]
 
 
 def device() -> torch.device:
@@ -44,10 +46,13 @@ def training_on_host() -> Iterator[None]:
 
     - ``torch.zeros`` and ``torch.tensor`` take ``device="cuda"`` for the CPU, and ``pin_memory`` for nothing; so does
       ``Tensor.to("cuda")`` (M ``pipeline_parallel/schedules.py:596,983,2138``, ``optimizer/optimizer.py:907``,
-      ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N ``lightning/pytorch/strategies/megatron_strategy.py:801``,
-      ``lightning/pytorch/plugins/data_sampler.py:192,212``);
+      ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N, in ``lightning/pytorch``,
+      ``strategies/megatron_strategy.py:801,881`` and ``plugins/data_sampler.py:192,212``);
     - ``Tensor.cuda`` gives the tensor itself (N ``collections/llm/gpt/model/base.py:103``);
     - ``torch.cuda.synchronize`` returns (M ``dist_checkpointing/strategies/filesystem_async.py:230``);
+    - the files of a checkpoint are written by threads, as ``multiprocessing.dummy`` has them: Megatron would fork
+      processes, which ranks that are daemons may not, and start the main script anew for a queue (M
+      ``dist_checkpointing/strategies/filesystem_async.py:54,266``);
     - recomputation keeps no state of a CUDA generator (M ``tensor_parallel/random.py:55,86``); of the CPU's it does;
     - gradients are clipped as if they were on a GPU (M ``optimizer/clip_grads.py:167`` asserts it);
     - loaded tensors stay where they are (N ``lightning/io/pl.py:495`` asserts that CUDA is initialised).
@@ -92,6 +97,7 @@ def _forward_stand_ins() -> list[Replacement]:
 
 
 def _training_stand_ins() -> list[Replacement]:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
     from nemo.lightning.io import pl
@@ -101,6 +107,7 @@ def _training_stand_ins() -> list[Replacement]:
         (torch, "tensor", _on_cpu(torch.tensor)),
         (Tensor, "to", _to_cpu(Tensor.to)),
         (torch.cuda, "synchronize", _nothing),
+        (filesystem_async, "mp", SimpleNamespace(get_context=lambda method: threads)),
         (random, "_get_cuda_rng_state", _nothing),
         (random, "_set_cuda_rng_state", _nothing),
         (optimizer, "clip_grad_by_total_norm_fp32", _with_cuda_names(optimizer.clip_grad_by_total_norm_fp32)),

@@ -1,21 +1,34 @@
-"""Blocks of tokens as NeMo's trainer takes them.
+"""Text as blocks of tokens, and blocks of tokens as NeMo's trainer takes them.
 
-B: sequences, S: tokens of a sequence.
+S: tokens of a sequence.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from nemo.collections.llm.gpt.data.utils import _reconfigure_limit_batches
 from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nemo_qwen_hidden.data.fingerprint import DataFingerprint
+from nemo_qwen_hidden.data.sources import read_documents
+from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
+from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_qwen_hidden.errors import DataError
+from nemo_qwen_hidden.training.job import FinetuningJob
+
 Sample = dict[str, Tensor]
+END_OF_TEXT = "<|endoftext|>"
+RECORD = "data.json"
 
 
 class Blocks(Dataset[Sample]):
@@ -54,29 +67,30 @@ class Blocks(Dataset[Sample]):
 
 
 class BlockData(pl.LightningDataModule):
-    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples, and
-    a resumed run goes on with the sample after the last.
+    """NeMo's data module of blocks of tokens: its ``MegatronDataSampler`` gives each data-parallel rank its samples,
+    and a resumed run goes on with the sample after the last.
 
     Args:
-        train, validation: [blocks, S + 1] each; without blocks for validation there is none.
+        train, validation: [blocks, S + 1] each; without blocks for validation there is none. A subclass may set both
+            in its ``setup``.
         samples: to train with, which is steps times ``global_batch_size``.
         seed: of the order of training blocks; None leaves them in order.
     """
 
     def __init__(
         self,
-        train: Tensor,
+        train: Tensor | None = None,
         validation: Tensor | None = None,
         *,
+        seq_length: int,
         samples: int,
         micro_batch_size: int,
         global_batch_size: int,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.micro_batch_size, self.global_batch_size, self.seq_length = micro_batch_size, global_batch_size, 0
+        self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
         self._train, self._validation, self._samples, self._seed = train, validation, samples, seed
-        self.seq_length = train.shape[1] - 1
         self._first_step = 0
         self.data_sampler = MegatronDataSampler(
             seq_len=self.seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
@@ -84,7 +98,8 @@ class BlockData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Of the samples that were not consumed yet."""
-        self._first_step = self.data_sampler.init_global_step = self.trainer.global_step  # type: ignore[union-attr]
+        assert self.trainer is not None and self._train is not None
+        self._first_step = self.data_sampler.init_global_step = self.trainer.global_step
         return self._loader("train", Blocks(self._train, count=self._samples, seed=self._seed))
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
@@ -116,3 +131,92 @@ class BlockData(pl.LightningDataModule):
         self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed
         self.data_sampler.if_first_step = 1
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
+
+
+class TextData(BlockData):
+    """The data of a fine-tuning run: documents laid end to end, each ended by the tokenizer's ``<|endoftext|>`` where
+    it has one, and cut into blocks; the last documents are for validation.
+
+    One process of a machine tokenizes, into ``data/`` of the run's folder, where all map the blocks.
+    """
+
+    def __init__(self, job: FinetuningJob) -> None:
+        train = job.settings.train
+        super().__init__(
+            seq_length=train.seq_length,
+            samples=train.max_steps * train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            global_batch_size=train.global_batch_size,
+            seed=train.seed,
+        )
+        self._job, self._folder = job, job.run_path / "data"
+
+    def prepare_data(self) -> None:
+        """Called by Lightning on the first rank of each machine.
+
+        Raises:
+            DataError: too little of it, or others than those that the run was begun with.
+        """
+        job, train = self._job, self._job.settings.train
+        documents, fingerprint, end = _read(job)
+        require_tokens(sum(map(len, documents)), job.data_path)
+        held_out = ceil(train.validation_part * len(documents))
+        if held_out == len(documents):
+            rule = "must hold a document more than are kept for validation (`train.validation_part`)"
+            raise DataError("data.path", rule, f"{len(documents)} in {job.data_path}")
+        cut = len(documents) - held_out
+        blocks = {"train": _blocks(documents[:cut], end, self.seq_length)}
+        blocks["validation"] = _blocks(documents[cut:], end, self.seq_length)
+        least = {"train": 1, "validation": self.global_batch_size if held_out else 0}
+        for name, count in least.items():
+            if len(blocks[name]) < count:
+                rule = f"must hold text for at least {count} sequences of `train.seq_length` to {_PURPOSE[name]}"
+                raise DataError("data.path", rule, f"text for {len(blocks[name])}")
+        self._record({"sha256": fingerprint, "seq_length": self.seq_length, "validation_documents": held_out})
+        for name, array in blocks.items():
+            np.save(self._folder / f"{name}.npy", array)
+
+    def setup(self, stage: str) -> None:
+        """Called by Lightning on every rank."""
+        arrays = {name: np.load(self._folder / f"{name}.npy", mmap_mode="c") for name in ("train", "validation")}
+        self._train, self._validation = (torch.from_numpy(arrays[name]) for name in ("train", "validation"))
+
+    def _record(self, origin: dict[str, Any]) -> None:
+        file = self._folder / RECORD
+        if self._job.begun and file.is_file() and (before := json.loads(file.read_text())) != origin:
+            rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut ({before})"
+            raise DataError("data.path", rule, origin)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(origin) + "\n")
+
+
+_PURPOSE = {"train": "train with", "validation": "validate with (or none: `train.validation_part` 0)"}
+
+
+def _read(job: FinetuningJob) -> tuple[list[NDArray[np.int32]], str, int | None]:
+    """Token ids of each document, the data's fingerprint, and the token that ends a text."""
+    used: list[Tokenizer] = []
+
+    def tokenizer() -> Tokenizer:
+        used.append(load_tokenizer(job.model_folder))
+        return used[0]
+
+    read = read_documents(job.data_path, **job.fields)
+    fingerprint = DataFingerprint()
+    tokenized: Iterable[TokenizedDocument] = tokenize(read, tokenizer, vocab_size=job.architecture.shape.vocab_size)
+    documents = []
+    for document in tokenized:
+        fingerprint.update(document)
+        documents.append(document.token_ids)
+    return documents, fingerprint.hexdigest(), used[0].special_tokens.get(END_OF_TEXT) if used else None
+
+
+def _blocks(documents: Sequence[NDArray[np.int32]], end: int | None, seq_length: int) -> NDArray[np.int32]:
+    """[blocks, S + 1], of which each begins with the token that the one before ends with."""
+    parts = [part for document in documents for part in (document, np.array([] if end is None else [end], np.int32))]
+    tokens = np.concatenate([np.empty(0, np.int32), *parts])
+    count = max(0, (len(tokens) - 1) // seq_length)
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
+    )
+    return np.ascontiguousarray(windows[: count * seq_length : seq_length], np.int32)

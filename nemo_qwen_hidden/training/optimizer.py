@@ -17,9 +17,9 @@ from nemo_qwen_hidden.parallel.host import cuda_type_names
 class MegatronOptimizer(MegatronOptimizerModule):
     """NeMo's module of Megatron's optimizer.
 
-    NeMo 2.7.3 hands over ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult`` (``lightning/_strategy_lib.py:712``),
-    which megatron-core 0.16 no longer takes. Where none is set, they are left out; with an older Megatron nothing
-    changes.
+    NeMo 2.7.3 hands over ``no_weight_decay_cond``, ``scale_lr_cond`` and ``lr_mult``
+    (``lightning/_strategy_lib.py:712``), which megatron-core 0.16 no longer takes. Where none is set, they are left
+    out; with an older Megatron nothing changes.
     """
 
     def optimizers(self, model: MegatronParallel) -> list[Optimizer]:

@@ -3,12 +3,17 @@
 from omegaconf import OmegaConf
 
 from nemo_qwen_hidden.cli import known
+from nemo_qwen_hidden.cli.compose import compose_finetuning
 from nemo_qwen_hidden.cli.conf_folder import conf_folder
 from nemo_qwen_hidden.cli.settings_table import SettingHelp, presets_table, settings_table
+from nemo_qwen_hidden.config import FinetuneSettings, Settings
+
+ROOTS: dict[str, known.Kind] = {"config": Settings, "finetune": FinetuneSettings}
 
 
 def test_every_setting_has_its_line_in_order() -> None:
-    assert [row.key for row in settings_table()] == list(known.kinds())
+    for kind in ROOTS.values():
+        assert [row.key for row in settings_table(kind)] == list(known.kinds(kind))
 
 
 def test_a_line_holds_the_default_and_the_meaning() -> None:
@@ -20,16 +25,23 @@ def test_a_line_holds_the_default_and_the_meaning() -> None:
 
 
 def test_every_line_of_a_default_is_a_setting() -> None:
-    texts = [(conf_folder() / group / "default.yaml").read_text(encoding="utf-8") for group in known.groups()]
-    lines = [line for text in texts for line in text.splitlines()]
-    assert len(lines) == len(settings_table())
-    assert max(map(len, lines)) <= 120
+    for kind in ROOTS.values():
+        texts = [(conf_folder() / group / "default.yaml").read_text(encoding="utf-8") for group in known.groups(kind)]
+        lines = [line for text in texts for line in text.splitlines()]
+        assert len(lines) == len(settings_table(kind))
+        assert max(map(len, lines)) <= 120
 
 
 def test_the_folder_holds_the_known_groups_and_no_more() -> None:
-    assert sorted(path.name for path in conf_folder().iterdir()) == sorted([*known.groups(), "config.yaml"])
-    defaults = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml")["defaults"])
-    assert defaults == [*({group: "default"} for group in known.groups()), "_self_"]
+    groups = {group for kind in ROOTS.values() for group in known.groups(kind)}
+    assert {path.name for path in conf_folder().iterdir()} == groups | {f"{root}.yaml" for root in ROOTS}
+    for root, kind in ROOTS.items():
+        defaults = OmegaConf.to_container(OmegaConf.load(conf_folder() / f"{root}.yaml")["defaults"])
+        assert defaults == [*({group: "default"} for group in known.groups(kind)), "_self_"]
+
+
+def test_defaults_of_finetuning_are_those_of_the_dataclasses() -> None:
+    assert compose_finetuning([]) == FinetuneSettings()
 
 
 def test_groups_with_presets() -> None:

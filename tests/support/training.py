@@ -21,8 +21,8 @@ class Job:
     """A few steps in a layout.
 
     model: NeMo's configuration beside what ``configure_training`` chooses, such as recompute settings. trainer:
-    arguments of NeMo's Trainer. validation: blocks to validate on. own_model: our ``Qwen2HiddenModel`` instead of NeMo's
-    ``Qwen2Model``.
+    arguments of NeMo's Trainer. validation: blocks to validate on. own_model: our ``Qwen2HiddenModel`` instead of
+    NeMo's ``Qwen2Model``.
     """
 
     topology: Topology = field(default_factory=Topology)
@@ -106,6 +106,7 @@ def trainer_of(rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = ()
     data = BlockData(
         batch_blocks(job.steps * job.global_batch_size),
         batch_blocks(job.validation, seed=12) if job.validation else None,
+        seq_length=SEQ_LENGTH,
         samples=job.steps * job.global_batch_size,
         micro_batch_size=job.micro_batch_size,
         global_batch_size=job.global_batch_size,
@@ -156,7 +157,9 @@ def train(rank: Rank, folder: Path, jobs: Sequence[Job], callbacks: Sequence[Cal
     return [train_one(rank, job, folder, [make() for make in callbacks]) for job in jobs]
 
 
-def train_one(rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = (), result: Wanted | None = None) -> Outcome:
+def train_one(
+    rank: Rank, job: Job, folder: Path, callbacks: Sequence[Any] = (), result: Wanted | None = None
+) -> Outcome:
     """``result``: of the trainer after the run."""
     outcome, watcher = Outcome(), _watcher()
     with trainer_of(rank, job, folder, [watcher, *callbacks]) as (trainer, model, data):

@@ -65,6 +65,17 @@ def as_dict(store: Store) -> dict[str, Any]:
             }
             for part in manifest.parts
         ],
+        "steps": [
+            {
+                "phase": entry.phase,
+                "step": entry.step,
+                "samples": [list(each) for each in entry.samples],
+                "part": entry.part,
+                "rows": len(entry.rows),
+                "documents": len(entry.documents),
+            }
+            for entry in store.steps
+        ],
         "model": dict(manifest.model),
         "tokenizer": dict(manifest.tokenizer),
         "producers": [dict(producer) for producer in manifest.producers],

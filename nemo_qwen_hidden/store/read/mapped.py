@@ -52,8 +52,10 @@ class MappedShards:
         shards, inside = self._locator.find(states)
         return [self._gather(point, shards, inside) for point in points]
 
-    def sums(self, point: int) -> Iterator[Sums]:
-        for shard, listed in enumerate(self._manifest.hook_points[point].present):
+    def sums(self, point: int, shards: range) -> Iterator[Sums]:
+        present = self._manifest.hook_points[point].present
+        for shard in shards:
+            listed = present[shard]
             header, tensors = map_tensors(self._folder, listed.file)
             check_shard(self._manifest, point, shard, header, str(self._folder / listed.file))
             yield Sums(moments=tensors[MOMENTS], norms=tensors[NORMS])

@@ -1,37 +1,40 @@
 """Reads a store: opens without touching a shard, opens shards when states in them are asked for, copies only those.
 
-Needs neither NeMo nor Megatron. Legend: N rows of the store, K of them with a state, n states asked for, H numbers in
-each.
+Needs neither NeMo nor Megatron, and torch only once states are read. Legend: N rows of the store, K of them with a
+state, n states asked for, H numbers in each.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
 from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.store.captured import captured_steps
 from nemo_qwen_hidden.store.entries import FileEntry
 from nemo_qwen_hidden.store.fields import load_json
 from nemo_qwen_hidden.store.folder import describe_marker
 from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.read.mapped import MappedShards
 from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Folder, Source
-from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
+from nemo_qwen_hidden.store.read.steps import StepEntry, StepView, UnknownStepError
 from nemo_qwen_hidden.store.read.tokens import TokenTable
-from nemo_qwen_hidden.store.read.views import HookPointView
 from nemo_qwen_hidden.store.shard import DIVISOR
 from nemo_qwen_hidden.store.statistics import Statistics, merge
-from nemo_qwen_hidden.store.tensors import read_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_qwen_hidden.store.read.stored import ShardReader, StoredStates
+    from nemo_qwen_hidden.store.read.views import HookPointView
 
 _MOST_BYTES = 1 << 62  # offsets stay within int64
 
@@ -60,13 +63,13 @@ def open_store(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
         source = open_url(path, storage_options or {})
         if not isinstance(source, Folder):
             manifest = _manifest(source)
-            return Store(path, source, manifest, RemoteShards(source, manifest), options=storage_options)
+            return Store(path, source, manifest, partial(RemoteShards, source, manifest), options=storage_options)
         path = source.path
     elif storage_options:
         raise StoreError("storage_options", "must be given with a URL alone", sorted(storage_options))
     folder = Folder(Path(path))
     manifest = _manifest(folder)
-    return Store(folder.path, folder, manifest, MappedShards(folder.path, manifest))
+    return Store(folder.path, folder, manifest, partial(_mapped_shards, folder.path, manifest))
 
 
 class Store:
@@ -81,14 +84,14 @@ class Store:
         path: Path | str,
         source: Source,
         manifest: Manifest,
-        shards: ShardReader,
+        open_shards: "Callable[[], ShardReader]",
         *,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.manifest, self.tokens = path, manifest, TokenTable(source, manifest.parts)
-        self._source, self._shards, self._options = source, shards, options
+        self._source, self._open_shards, self._options = source, open_shards, options
         self._numbers = {str(point): number for number, point in enumerate(manifest.points)}
-        self._statistics: dict[int, Statistics] = {}
+        self._statistics: dict[tuple[int, range], Statistics] = {}
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -116,12 +119,16 @@ class Store:
         return self.manifest.hidden_size
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What states are read as: the stored dtype, or float32 where that is int8."""
+        from nemo_qwen_hidden.store.tensors import read_dtype
+
         return read_dtype(self.manifest.dtype)
 
-    def __getitem__(self, hook_point: str | HookPoint) -> HookPointView:
+    def __getitem__(self, hook_point: str | HookPoint) -> "HookPointView":
         """The states at one hook point, [K, H], not read yet; UnknownHookPointError where the store lacks it."""
+        from nemo_qwen_hidden.store.read.views import HookPointView
+
         return HookPointView(self, self.manifest.hook_points[self._number(hook_point)])
 
     def __contains__(self, hook_point: object) -> bool:
@@ -148,8 +155,8 @@ class Store:
         return self.tokens.state_of_rows(rows)
 
     def read(
-        self, states: Rows, hook_points: Iterable[str | HookPoint | HookPointView] | None = None
-    ) -> dict[str, torch.Tensor]:
+        self, states: Rows, hook_points: "Iterable[str | HookPoint | HookPointView] | None" = None
+    ) -> "dict[str, torch.Tensor]":
         """The same states at several hook points, at all of them by default: [n, H] of each by name, [H] for an int.
 
         Args:
@@ -162,8 +169,12 @@ class Store:
         views = self.views(hook_points)
         return dict(zip(views, self.read_views(states, list(views.values())), strict=True))
 
-    def views(self, hook_points: Iterable[str | HookPoint | HookPointView] | None = None) -> dict[str, HookPointView]:
+    def views(
+        self, hook_points: "Iterable[str | HookPoint | HookPointView] | None" = None
+    ) -> "dict[str, HookPointView]":
         """Views by the name of their hook point, of all by default; raises as ``read`` does."""
+        from nemo_qwen_hidden.store.read.views import HookPointView
+
         asked = self.hook_points if hook_points is None else hook_points
         views = [point if isinstance(point, HookPointView) else self[point] for point in asked]
         named = {str(view.hook_point): view for view in views}
@@ -173,26 +184,34 @@ class Store:
             raise ValueError(f"a view of another store cannot be read from {self.path}")
         return named
 
-    def read_views(self, states: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
+    def read_views(self, states: Rows, views: "Sequence[HookPointView]") -> "list[torch.Tensor]":
         """The same states of several views, each [n, H], or [H] for an int."""
         chosen = self._chosen(states)
-        numbers = [self._numbers[str(view.hook_point)] for view in views]
-        if isinstance(chosen, int):
-            found = self._shards.consecutive(numbers, chosen, 1)
-        elif isinstance(chosen, range) and chosen.step == 1:
-            found = self._shards.consecutive(numbers, chosen.start, len(chosen))
-        else:
-            found = self._shards.scattered(numbers, np.asarray(chosen, np.int64))
+        found = self.stored(chosen, views)
         values = [view.finish(stored.decoded(), chosen) for view, stored in zip(views, found, strict=True)]
         return [value[0] for value in values] if isinstance(chosen, int) else values
 
-    def divisor(self, hook_point: str | HookPoint, states: Rows) -> torch.Tensor:
+    def stored(self, states: Rows, views: "Sequence[HookPointView]") -> "list[StoredStates]":
+        """The same states at the hook points of several views, as they lie in shards: each [n, H], n = 1 for an int."""
+        chosen = self._chosen(states)
+        numbers = [self._numbers[str(view.hook_point)] for view in views]
+        if isinstance(chosen, int):
+            return self._shards.consecutive(numbers, chosen, 1)
+        if isinstance(chosen, range) and chosen.step == 1:
+            return self._shards.consecutive(numbers, chosen.start, len(chosen))
+        return self._shards.scattered(numbers, np.asarray(chosen, np.int64))
+
+    def divisor(self, hook_point: str | HookPoint, states: Rows) -> "torch.Tensor":
         """fp32 [n], or a scalar for an int: what the final norm divided each of these states by: sqrt(mean(x**2) + eps)
         of the state x before it.
 
         Raises:
             StoreError: the hook point was stored without it; or a shard is not what the manifest says.
         """
+        import torch
+
+        from nemo_qwen_hidden.store.read.stored import check_shard
+
         number = self._number(hook_point)
         entry = self.manifest.hook_points[number]
         if not entry.divisor:
@@ -209,28 +228,74 @@ class Store:
             found[here] = tensors[DIVISOR][places[here] - listed.first_row]
         return torch.from_numpy(found)[0] if isinstance(chosen, int) else torch.from_numpy(found)
 
+    @cached_property
+    def steps(self) -> tuple[StepEntry, ...]:
+        """The captured steps of a training run, in the order in which they were captured; of a store that an extraction
+        has made there are none.
+
+        Raises:
+            StoreError: what the manifest says of one is not what it should be.
+        """
+        parts, first_states = self.manifest.parts, self.manifest.first_states
+        return tuple(
+            StepEntry(
+                phase=step.phase,
+                step=step.step,
+                samples=step.samples,
+                part=number,
+                rows=range(parts[number].first_row, parts[number].first_row + parts[number].rows),
+                states=range(first_states[number], first_states[number + 1]),
+                documents=range(parts[number].first_document, parts[number].first_document + parts[number].documents),
+            )
+            for number, step in captured_steps(parts, str(self.path))
+        )
+
+    @cached_property
+    def _steps(self) -> dict[tuple[str, int], StepEntry]:
+        return {(entry.phase, entry.step): entry for entry in self.steps}
+
+    def at(self, *, step: int, phase: str | None = None) -> StepView:
+        """One captured step, to be read as if it were a store of its own. phase: may be left out where the store has
+        steps of one phase alone.
+
+        Raises:
+            UnknownStepError: the store does not hold it; or it has several phases and none is given.
+        """
+        phases = sorted({entry.phase for entry in self.steps})
+        if phase is None and len(phases) > 1:
+            raise UnknownStepError("phase", f"must be one that {self.path} holds ({', '.join(phases)})", None)
+        entry = self._steps.get((phases[0] if phase is None and phases else phase or "", step))
+        if entry is None:
+            held = [known.step for known in self.steps if phase in (None, known.phase)]
+            among = f"{len(held)}, {held[0]} to {held[-1]}" if held else "none"
+            rule = f"must be a captured step{'' if phase is None else f' of phase {phase!r}'} that {self.path} holds"
+            raise UnknownStepError("step", f"{rule} ({among})", step)
+        return StepView(self, entry)
+
     def document(self, index: int) -> "StoredDocument":
         """Document number ``index``; IndexError where there is none."""
         info = self.tokens.document_info(index)
         rows, states = self.tokens.document_rows(index), self.tokens.document_states(index)
         return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, states=states, store=self)
 
-    def statistics(self, hook_point: str | HookPoint) -> Statistics:
-        """Of the stored values of one hook point; the first call reads arrays beside the values of every shard.
+    def statistics(self, hook_point: str | HookPoint, shards: range | None = None) -> Statistics:
+        """Of the stored values of one hook point, or of some of its shards; the first call reads arrays beside the
+        values of every shard.
 
         Raises:
             UnknownHookPointError: the store lacks it. StoreError: a shard is not what the manifest says.
         """
         number = self._number(hook_point)
-        if number not in self._statistics:
-            listed = self.manifest.hook_points[number].present
-            known = zip(listed, self._shards.sums(number), strict=True)
-            shards = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
-            self._statistics[number] = merge(shards, self.manifest.hook_points[number].width)
-        return self._statistics[number]
+        asked = range(self.manifest.grid.shards) if shards is None else shards
+        if (number, asked) not in self._statistics:
+            listed = self.manifest.hook_points[number].present[asked.start : asked.stop]
+            known = zip(listed, self._shards.sums(number, asked), strict=True)
+            each = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
+            self._statistics[number, asked] = merge(each, self.manifest.hook_points[number].width)
+        return self._statistics[number, asked]
 
     @cached_property
-    def final_norm(self) -> tuple[torch.Tensor, float]:
+    def final_norm(self) -> "tuple[torch.Tensor, float]":
         """Weight, fp32 [H], and epsilon of the model's final RMSNorm.
 
         Raises:
@@ -241,7 +306,9 @@ class Store:
             raise StoreError("final_norm", "must be known to the store", str(self.path))
         return self._final_norm(entry)
 
-    def _final_norm(self, entry: FileEntry) -> tuple[torch.Tensor, float]:
+    def _final_norm(self, entry: FileEntry) -> "tuple[torch.Tensor, float]":
+        import torch
+
         file = self._source.name(entry.file)
         header, tensors = self._source.tensors(entry.file)
         layout = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
@@ -257,6 +324,10 @@ class Store:
         if not 0 <= eps < 1:
             raise StoreError(f"{file}: {EPSILON}", "must be a number from 0 to 1", text)
         return torch.from_numpy(np.array(tensors[WEIGHT])), eps
+
+    @cached_property
+    def _shards(self) -> "ShardReader":
+        return self._open_shards()
 
     def _chosen(self, states: Rows) -> int | range | NDArray[np.int64]:
         return resolve(states, self.states, "row" if self.tokens.full else "state")
@@ -313,7 +384,7 @@ class StoredDocument:
         """The number of its tokens."""
         return len(self.rows)
 
-    def __getitem__(self, hook_point: str | HookPoint) -> torch.Tensor:
+    def __getitem__(self, hook_point: str | HookPoint) -> "torch.Tensor":
         """[kept tokens, H]; UnknownHookPointError where the store lacks the hook point."""
         return self.store[hook_point][self.states]
 
@@ -321,6 +392,12 @@ class StoredDocument:
         rows = f"rows {self.rows.start} to {self.rows.stop - 1}" if self.rows else "no rows"
         rows += "" if self.store.tokens.full else f" ({len(self.states)} kept)"
         return f"StoredDocument({self.index}: {self.id!r}, {rows}, from {self.source!r})"
+
+
+def _mapped_shards(folder: Path, manifest: Manifest) -> "ShardReader":
+    from nemo_qwen_hidden.store.read.mapped import MappedShards
+
+    return MappedShards(folder, manifest)
 
 
 def _manifest(source: Source) -> Manifest:

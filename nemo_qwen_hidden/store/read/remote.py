@@ -201,10 +201,10 @@ class RemoteShards:
             for bits, scale in zip(values, scales, strict=True)
         ]
 
-    def sums(self, point: int) -> Iterator[Sums]:
+    def sums(self, point: int, shards: range) -> Iterator[Sums]:
         listed = self._manifest.hook_points[point].present
-        for first in range(0, len(listed), _SHARDS_AT_ONCE):
-            numbers = range(first, min(first + _SHARDS_AT_ONCE, len(listed)))
+        for first in range(0, len(shards), _SHARDS_AT_ONCE):
+            numbers = shards[first : first + _SHARDS_AT_ONCE]
             files = [listed[number].file for number in numbers]
             headers = self._checked(point, numbers, files)
             spans = [

@@ -90,8 +90,8 @@ class ShardReader(Protocol):
         """``states`` of the store, [n], in that order."""
         ...
 
-    def sums(self, point: int) -> Iterator[Sums]:
-        """The arrays beside the values, for each shard."""
+    def sums(self, point: int, shards: range) -> Iterator[Sums]:
+        """The arrays beside the values, for each of some shards."""
         ...
 
 

@@ -25,7 +25,9 @@ class ViewedStore(Protocol):
     """What a view needs of its store, ``reader.Store``, which says more of each."""
 
     path: Path | str
-    manifest: Manifest
+
+    @property
+    def manifest(self) -> Manifest: ...
 
     @property
     def states(self) -> int: ...

@@ -14,6 +14,7 @@ from nemo_qwen_hidden.store.format import (
     MANIFEST,
     MARKER,
     PARTIAL,
+    SHARD_FILES,
     STAGED,
     TEMPORARY,
     TOKEN_FILES,
@@ -23,13 +24,14 @@ from nemo_qwen_hidden.store.format import (
 from nemo_qwen_hidden.store.manifest import Manifest
 
 
-def strangers(folder: Path, manifest: Manifest, target: Manifest | None) -> Iterator[tuple[str, str]]:
+def strangers(folder: Path, manifest: Manifest, target: Manifest | None, *, grows: bool) -> Iterator[tuple[str, str]]:
     """Name in the folder of each such thing, and what is wrong with it in words.
 
     A job that was ended while it wrote leaves a journal and files under temporary names, which are no strangers.
 
     Args:
-        target: what an unfinished job is making, whose files may be there.
+        target: what an unfinished job is making, whose files may be there. grows: whether it adds parts, so that files
+            of later ones may be there too.
 
     Raises:
         StoreError: a folder cannot be read.
@@ -41,20 +43,32 @@ def strangers(folder: Path, manifest: Manifest, target: Manifest | None) -> Iter
         folders |= set(map(str, target.points))
     for name, mode in _entries(folder):
         if stat.S_ISDIR(mode) and name in folders:
-            yield from _inside(folder, name, listed)
+            yield from _inside(folder, name, listed, _first_new(name, manifest) if grows else None)
         elif not (stat.S_ISREG(mode) and (name in (MANIFEST, MARKER) or name in listed or _is_temporary(name))):
             yield name, f"must be a part of the store, which has no such {_kind(mode)}"
 
 
-def _inside(folder: Path, parent: str, listed: set[str]) -> Iterator[tuple[str, str]]:
+def _first_new(folder: str, manifest: Manifest) -> int:
+    """The number that the first file in a folder has which belongs to a part that the manifest does not list."""
+    return len(manifest.parts) if folder == TOKENS else manifest.grid.shards
+
+
+def _inside(folder: Path, parent: str, listed: set[str], first_new: int | None) -> Iterator[tuple[str, str]]:
     for child, mode in _entries(folder / parent):
         name = f"{parent}/{child}"
         if parent == JOURNAL:
             known = _is_journal(child, mode)
         else:
             known = stat.S_ISREG(mode) and (name in listed or (parent == TOKENS and _is_temporary(name)))
+            known |= stat.S_ISREG(mode) and first_new is not None and _is_later(parent, child, first_new)
         if not known:
             yield name, f"must be a part of the store, which has no such {_kind(mode)}"
+
+
+def _is_later(parent: str, child: str, first_new: int) -> bool:
+    """Whether a file is one of a part that is being added."""
+    ours = (TOKEN_FILES if parent == TOKENS else SHARD_FILES).fullmatch(child)
+    return ours is not None and int(child.partition(".")[0]) >= first_new
 
 
 def _expected(target: Manifest) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_qwen_hidden.errors import StoreError, raise_all
+from nemo_qwen_hidden.store.captured import captured_steps
 from nemo_qwen_hidden.store.files import sync_folder
 from nemo_qwen_hidden.store.folder import remove
 from nemo_qwen_hidden.store.format import MANIFEST, TOKENS, Shard
@@ -50,8 +51,8 @@ def repair(path: str | os.PathLike[str], *, report: BytesReport = no_report) -> 
             raise StoreError("store", f"{rule} ({found.unfinished})", str(folder))
         manifest = session.find(folder).finished
         assert manifest is not None, "it was verified while it was locked"
-        made_anew = _files_made_anew(manifest)
-        raise_all([_beyond(folder, finding) for finding in found.findings if not _can_go(finding, made_anew)])
+        made_anew, steps = _files_made_anew(manifest), any(captured_steps(manifest.parts, str(folder)))
+        raise_all([_beyond(folder, finding) for finding in found.findings if steps or not _can_go(finding, made_anew)])
         shards = tuple(_shards(found.findings))
         files = tuple(sorted({finding.file for finding in found.findings if finding.file in made_anew}))
         _drop(folder, manifest, shards, files)

@@ -88,9 +88,9 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, report: BytesRep
     manifest = read_manifest(folder)
     files = list(manifest.files())
     total = sum(file.bytes for file in files)
-    unfinished, target, wrong = _unfinished(folder)
+    unfinished, job, wrong = _unfinished(folder)
     checks = _Checks(folder, manifest, Meter(report, total), full=full)
-    found = [*wrong, *_label_findings(manifest), *_foreign(folder, manifest, target), *_run(checks.all())]
+    found = [*wrong, *_label_findings(manifest), *_foreign(folder, manifest, job), *_run(checks.all())]
     return Report(
         path=folder, full=full, files=len(files) + 1, bytes=total, unfinished=unfinished, findings=tuple(found)
     )
@@ -115,8 +115,8 @@ def unfinished_job(folder: Path) -> str | None:
     return _unfinished(folder)[0]
 
 
-def _unfinished(folder: Path) -> tuple[str | None, Manifest | None, list[Finding]]:
-    """What a job that has not ended is making, in words and as a manifest, and what is wrong with its marker."""
+def _unfinished(folder: Path) -> tuple[str | None, session.Found | None, list[Finding]]:
+    """What a job that has not ended is making, in words and as it was found, and what is wrong with its marker."""
     if not os.path.lexists(folder / MARKER):
         return None, None, []
     try:
@@ -126,13 +126,16 @@ def _unfinished(folder: Path) -> tuple[str | None, Manifest | None, list[Finding
     target = found.unfinished
     if target is None:
         return None, None, [Finding(file=MARKER, what="must say what an unfinished job is making")]
+    if found.grows:
+        return f"{found.begun}: a training run adds steps to {len(target.parts):,}", found, []
     lacking = sum(1 for _ in target.missing())
     words = f"{found.begun}: a store of {target.rows:,} rows at {len(target.points)} hook points"
-    return f"{words}, of which {lacking} shards were to be made", target, []
+    return f"{words}, of which {lacking} shards were to be made", found, []
 
 
-def _foreign(folder: Path, manifest: Manifest, target: Manifest | None) -> Iterator[Finding]:
-    for name, what in strangers(folder, manifest, target):
+def _foreign(folder: Path, manifest: Manifest, job: session.Found | None) -> Iterator[Finding]:
+    target, grows = (None, False) if job is None else (job.unfinished, job.grows)
+    for name, what in strangers(folder, manifest, target, grows=grows):
         yield Finding(file=name, what=what)
 
 

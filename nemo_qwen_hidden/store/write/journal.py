@@ -17,7 +17,7 @@ from typing import Any
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet, union
-from nemo_qwen_hidden.store.entries import ShardEntry
+from nemo_qwen_hidden.store.entries import Part, ShardEntry
 from nemo_qwen_hidden.store.fields import Fields, load_json
 from nemo_qwen_hidden.store.files import naming_store, open_inside, sync_folder, write_all, write_durably
 from nemo_qwen_hidden.store.format import JOURNAL, JOURNAL_FILES, Shard
@@ -27,15 +27,38 @@ Ranges = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Added:
+    """A part that was added to a store whose manifest does not list it yet, and its shards. number: of the part."""
+
+    number: int
+    part: Part
+    shards: Mapping[Shard, ShardEntry]
+
+    def as_line(self) -> dict[str, Any]:
+        shards = [
+            {"hook_point": str(point), "shard": number, **entry.as_dict()}
+            for (point, number), entry in self.shards.items()
+        ]
+        return {"added": {"number": self.number, "part": self.part.as_dict(), "shards": shards}}
+
+    @classmethod
+    def parse(cls, fields: Fields) -> "Added":
+        number, part = fields.integer("number"), Part.parse(fields.nested("part"))
+        shards = {_take_shard(each): ShardEntry.parse(each) for each in fields.each("shards")}
+        return cls(number=number, part=part, shards=shards)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """What the lines of a journal say, in numbers of states. rows: durable in shards that are not done yet, by hook
     point. twice: hook points of which a row was written more than once. errors: what storing cost, of the rows of each
-    shard. sealed: shards that are done."""
+    shard. sealed: shards that are done. added: whole parts, by number; durable or not."""
 
     rows: Mapping[HookPoint, RowSet] = field(default_factory=dict)
     twice: frozenset[HookPoint] = frozenset()
     errors: Mapping[Shard, StoredError] = field(default_factory=dict)
     sealed: Mapping[Shard, ShardEntry] = field(default_factory=dict)
+    added: Mapping[int, Added] = field(default_factory=dict)
 
     def without(self, shards: Mapping[Shard, range]) -> "Record":
         """The record with everything forgotten that concerns some shards, given with their rows."""
@@ -47,6 +70,7 @@ class Record:
             twice=self.twice,
             errors={shard: error for shard, error in self.errors.items() if shard not in shards},
             sealed={shard: entry for shard, entry in self.sealed.items() if shard not in shards},
+            added=self.added,
         )
 
     def as_lines(self) -> Iterable[dict[str, Any]]:
@@ -54,10 +78,12 @@ class Record:
         rows = {point: ranges for point, found in self.rows.items() if (ranges := found.ranges)}
         yield from _row_lines(rows, self.errors)
         yield from (_sealed_line(shard, entry) for shard, entry in self.sealed.items())
+        yield from (added.as_line() for added in self.added.values())
 
 
 class JournalWriter:
-    """One process's file in the journal of the store in ``folder``; every call returns when its line is durable."""
+    """One process's file in the journal of the store in ``folder``; every call but ``added`` returns when its line is
+    durable."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
@@ -74,17 +100,27 @@ class JournalWriter:
         """These shards have their final names and content."""
         self._write(_sealed_line(shard, entry) for shard, entry in shards.items())
 
+    def added(self, added: Added) -> None:
+        """A part whose files have their final names and content, durable or not: see ``sync``."""
+        self._write([added.as_line()], durable=False)
+
+    def sync(self) -> None:
+        """Returns when all lines are durable."""
+        with naming_store(self._folder, JOURNAL):
+            os.fsync(self._descriptor)
+
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _write(self, lines: Iterable[dict[str, Any]]) -> None:
+    def _write(self, lines: Iterable[dict[str, Any]], *, durable: bool = True) -> None:
         text = b"".join(map(_line, lines))
         if os.fstat(self._descriptor).st_nlink == 0:
             rule = "must stay where it is while it is written (its journal has vanished)"
             raise StoreError("store.path", rule, str(self._folder))
         with naming_store(self._folder, JOURNAL):
             write_all(self._descriptor, text, self._bytes)
-            os.fsync(self._descriptor)
+            if durable:
+                os.fsync(self._descriptor)
         self._bytes += len(text)
 
 
@@ -99,6 +135,7 @@ def read(folder: Path) -> Record:
     rows: dict[HookPoint, list[RowSet]] = {}
     errors: dict[Shard, StoredError] = {}
     sealed: dict[Shard, ShardEntry] = {}
+    added: dict[int, Added] = {}
     for name in lines.keys() - replaced:
         for line in lines[name]:
             fields = Fields(line, file=str(folder / JOURNAL / name))
@@ -110,9 +147,12 @@ def read(folder: Path) -> Record:
             if "sealed" in fields:
                 each = fields.nested("sealed")
                 sealed[_take_shard(each)] = ShardEntry.parse(each)
+            if "added" in fields:
+                part = Added.parse(fields.nested("added"))
+                added[part.number] = part
     found = {point: union(sets) for point, sets in rows.items()}
     twice = frozenset(point for point, sets in rows.items() if sum(map(len, sets)) != len(found[point]))
-    return Record(rows=found, twice=twice, errors=errors, sealed=sealed)
+    return Record(rows=found, twice=twice, errors=errors, sealed=sealed, added=added)
 
 
 def replace(folder: Path, record: Record) -> None:

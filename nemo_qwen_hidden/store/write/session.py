@@ -55,11 +55,12 @@ _NAMED_AT_ONCE = 16  # shards that are sealed together, so that names and journa
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What lies at a path. finished: what its manifest claims. unfinished: what a job that has not ended was making of
-    it. begun: when and by whom, in words."""
+    it, or what it began with where the store grows by captured steps. begun: when and by whom, in words."""
 
     finished: Manifest | None
     unfinished: Manifest | None
     begun: str = ""
+    grows: bool = False
 
 
 def check_target(path: Path) -> None:
@@ -145,12 +146,12 @@ def find(path: Path) -> Found:
         StoreError: a manifest or marker is not what it should be.
     """
     contents = survey(path)
-    manifest = marker = None
+    manifest, marker, grows = None, None, False
     if contents.finished:
         manifest = Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST))
     if contents.marker is not None:
-        marker = _read_marker(path)
-    return Found(finished=manifest, unfinished=marker, begun=contents.begun)
+        marker, grows = _read_marker(path)
+    return Found(finished=manifest, unfinished=marker, begun=contents.begun, grows=grows)
 
 
 def start(
@@ -294,13 +295,49 @@ def finish(path: Path, target: Manifest) -> Manifest:
     missing = next(finished.missing(), None)
     if missing is not None:
         raise CoverageError(f"shard {missing[1]} of {missing[0]} is not there")
-    text = finished.to_json()
+    publish_manifest(path, finished)
+    end(path)
+    return finished
+
+
+def publish_manifest(path: Path, manifest: Manifest) -> None:
+    """Makes the folder the store that ``manifest`` says, of which everything is durable. Called while ``locked``."""
+    text = manifest.to_json()
     Manifest.from_json(text, str(path / MANIFEST))  # what could not be read back is not written
     sync_folder(path)
     write_durably(path / MANIFEST, text)
+
+
+def end(path: Path) -> None:
+    """The manifest says all that the job has made. Called while ``locked``."""
     remove([path / MARKER])
     sync_folder(path)
-    return finished
+
+
+def grow(path: Path, whole: Manifest, kept: Manifest) -> None:
+    """Begins a job that adds parts to the store at ``path``; called while ``locked``. Other files than ``kept`` lists
+    are deleted, and the journal becomes empty.
+
+    Args:
+        whole: what is there, all of it durable, some of it known to the journal alone. kept: the first parts of it.
+
+    Raises:
+        StoreError: no space is left, or the folder cannot be written.
+    """
+    with _naming_path(path):
+        if whole.parts and _listed(path) != {file.file for file in whole.files()}:
+            publish_manifest(path, whole)  # before the journal goes
+        remove(file for file in survey(path).files if file.parent.name == JOURNAL and file.suffix != _LOCK)
+        sync_folder(path / JOURNAL)
+        _write_marker(path, kept, grows=True)  # before deletion, as in ``start``
+        wait_for_ranks(path)
+        sync_folder(path.absolute().parent)
+        if kept.parts:
+            publish_manifest(path, kept)
+        else:
+            remove([path / MANIFEST])
+            sync_folder(path)
+        _clear(path, kept={MANIFEST, *(file.file for file in kept.files())})
 
 
 def discard(path: Path) -> bool:
@@ -313,32 +350,30 @@ def discard(path: Path) -> bool:
     if not (path / MARKER).exists():
         return False
     record = journal.read(path)
-    if record.sealed or any(map(len, record.rows.values())):
+    if record.sealed or record.added or any(map(len, record.rows.values())):
         return False
-    kept = set()
-    if (path / MANIFEST).exists():
-        manifest = Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST))
-        kept = {MANIFEST, *(file.file for file in manifest.files())}
     with _naming_path(path):
-        _clear(path, kept)
+        _clear(path, {MANIFEST, *_listed(path)} if (path / MANIFEST).exists() else set())
         remove([path / MARKER])
         sync_folder(path)
     return True
 
 
-def _write_marker(path: Path, target: Manifest) -> None:
+def _write_marker(path: Path, target: Manifest, *, grows: bool = False) -> None:
     marker = {
         "format": MARKER_FORMAT,
         "version": target.version,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({"grows": True} if grows else {}),
         "target": target.as_dict(),
     }
     write_durably(path / MARKER, to_json(marker))
 
 
-def _read_marker(path: Path) -> Manifest:
+def _read_marker(path: Path) -> tuple[Manifest, bool]:
+    """The target, and whether it grows."""
     name = str(path / MARKER)
     fields = Fields(load_json(read_inside(path, MARKER), name), file=name)
     version = fields.integer("version")
@@ -348,7 +383,8 @@ def _read_marker(path: Path) -> Manifest:
     if "merge" in fields:
         rule = "must be a store that a job goes on with; an unfinished merge is there, and the same merge does it again"
         raise StoreError("store.path", rule, str(path))
-    return Manifest.parse(fields.nested("target"), version)
+    grows = fields.boolean("grows") if "grows" in fields else False
+    return Manifest.parse(fields.nested("target"), version), grows
 
 
 def _settle(path: Path, target: Manifest, shard: Shard, *, claimed: bool, sealed: bool) -> bool:
@@ -370,12 +406,17 @@ def _settle(path: Path, target: Manifest, shard: Shard, *, claimed: bool, sealed
 
 def _drop_false_manifest(path: Path, target: Manifest) -> None:
     """Deletes a manifest that claims shards which ``target`` says are missing: they are about to be rewritten."""
-    if not (path / MANIFEST).exists():
-        return
-    claimed = {file.file for file in Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST)).files()}
+    claimed = _listed(path)
     if any(f"{point}/{shard_name(number)}" in claimed for point, number in target.missing()):
         remove([path / MANIFEST])
         sync_folder(path)
+
+
+def _listed(path: Path) -> set[str]:
+    """Files that the manifest claims; none where there is no manifest."""
+    if not (path / MANIFEST).exists():
+        return set()
+    return {file.file for file in Manifest.from_json(read_inside(path, MANIFEST), str(path / MANIFEST)).files()}
 
 
 def _put_files(path: Path, target: Manifest, files: Mapping[str, bytes], staged: Path | None) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,14 +28,25 @@ class TokenTableWriter:
     """Takes documents one by one; ``close`` puts the table into the store at ``folder``. Called by one rank.
 
     Args:
-        shard_rows: rows of one shard of this part. part: its number; it is numbered from row 0 in any case.
+        shard_rows: rows of one shard of this part. part: its number; it is numbered from row 0 in any case. durable:
+            whether ``close`` returns only when its files are. metadata: of the table's file, which tells it, and so the
+            shards that name its SHA-256, from one with the same tokens.
 
     How many rows there will be is not known until the end, so columns grow in temporary files beside the table. A
     context manager: it closes, or takes its temporary files away where the block raised.
     """
 
-    def __init__(self, folder: Path, *, shard_rows: int, part: int = 0) -> None:
-        self._folder, self._shard_rows = folder, shard_rows
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shard_rows: int,
+        part: int = 0,
+        durable: bool = True,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder, self._shard_rows, self._durable = folder, shard_rows, durable
+        self._metadata = dict(metadata or {})
         self._table, self._lines = table_name(part), lines_name(part)
         (folder / TOKENS).mkdir(exist_ok=True)
         prefix = self._table.removesuffix("safetensors")
@@ -108,7 +119,7 @@ class TokenTableWriter:
         self._documents += 1
 
     def close(self) -> Part:
-        """Makes the table durable and says what it is; a second call says it again.
+        """Makes the table whole and says what it is; a second call says it again.
 
         Raises:
             StoreError: no space is left; nothing of the table remains.
@@ -141,7 +152,7 @@ class TokenTableWriter:
         if self._weighs:
             tensors[WEIGHT] = TensorSpec(dtype="F32", shape=(self._rows,))
         tensors |= {name: TensorSpec(dtype="I32", shape=(self._rows,)) for name in COLUMNS}
-        start, _ = build_header(tensors, {})
+        start, _ = build_header(tensors, self._metadata)
         table, lines = self._files[self._table], self._files[self._lines]
         table.write(start)
         for name in tensors:
@@ -149,11 +160,13 @@ class TokenTableWriter:
             shutil.copyfileobj(self._files[name], table, _BUFFER_BYTES)
         for file in (table, lines):
             file.flush()
-            os.fsync(file.fileno())
+            if self._durable:
+                os.fsync(file.fileno())
         entries = {name: self._entry(name) for name in (self._table, self._lines)}
         for name in entries:
             os.replace(self._paths[name], self._folder / name)
-        sync_folder(self._folder / TOKENS)
+        if self._durable:
+            sync_folder(self._folder / TOKENS)
         return Part(
             first_row=0,
             rows=self._rows,

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -126,18 +127,15 @@ class ShardWriter:
                 what the disk thread met since the last call, such as a full disk.
             ValueError: states outside the store, or values or divisors of another shape, device or kind than above.
         """
-        self._check(hook_point, runs, values_nH)
-        self._check_divisor(hook_point, len(values_nH), divisor_n)
+        check_values(self._target, hook_point, runs, values_nH, divisor_n)
         pieces = tuple(self._pieces(hook_point, runs))
         if pieces:
-            dtype = self._target.dtype
-            name, what = str(hook_point), "row" if self._target.states == self._target.rows else "state"
             with self._trace.span("encode", hook_point=hook_point, states=len(values_nH)):
                 encoded = encode(
                     values_nH,
-                    dtype,
+                    self._target.dtype,
                     nonfinite=self._nonfinite,
-                    row_at=lambda index: f"{name} {what} {_state_at(runs, index)}",
+                    row_at=partial(state_name, self._target, hook_point, runs),
                 )
             self._disk.put(
                 Batch(
@@ -186,27 +184,6 @@ class ShardWriter:
             index += run.length
         if last is not None:
             yield last
-
-    def _check(self, point: HookPoint, runs: Sequence[RowRun], values_nH: torch.Tensor) -> None:
-        if point not in self._missing:
-            raise ValueError(f"{point} is not one of the hook points of this store")
-        if values_nH.device.type != "cpu" or not values_nH.dtype.is_floating_point:
-            raise ValueError(f"values must be floats on the CPU, but are {values_nH.dtype} on {values_nH.device}")
-        expected = (sum(run.length for run in runs), self._target.entry(point).width)
-        if tuple(values_nH.shape) != expected:
-            rule = f"must be {list(expected)}, as its entry and these runs say"
-            raise ValueError(f"values of {point} {rule}, but are {list(values_nH.shape)}")
-        for run in runs:
-            if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= self._target.states:
-                raise ValueError(f"states {run.first_row} + {run.length} do not lie within {self._target.states}")
-
-    def _check_divisor(self, point: HookPoint, rows: int, divisor_n: torch.Tensor | None) -> None:
-        expected = [rows] if self._target.entry(point).divisor else None
-        found = None if divisor_n is None else list(divisor_n.shape)
-        if found != expected:
-            raise ValueError(f"divisors of {point} must be {expected}, as its entry says, but are {found}")
-        if divisor_n is not None and (divisor_n.dtype != torch.float32 or divisor_n.device.type != "cpu"):
-            raise ValueError(f"divisors must be float32 on the CPU, but are {divisor_n.dtype} on {divisor_n.device}")
 
 
 class _DiskThread:
@@ -358,10 +335,43 @@ class _DiskThread:
         self._states, self._errors = {}, {}
 
 
-def _state_at(runs: Iterable[RowRun], index: int) -> int:
-    """The state at ``index`` along the concatenated runs."""
+def check_values(
+    target: Manifest,
+    point: HookPoint,
+    runs: Sequence[RowRun],
+    values_nH: torch.Tensor,
+    divisor_n: torch.Tensor | None,
+) -> None:
+    """Whether these can be states of the store that ``target`` says.
+
+    Raises:
+        ValueError: states outside of it, or values or divisors of another shape, device or kind than its entry says.
+    """
+    if point not in target.points:
+        raise ValueError(f"{point} is not one of the hook points of this store")
+    if values_nH.device.type != "cpu" or not values_nH.dtype.is_floating_point:
+        raise ValueError(f"values must be floats on the CPU, but are {values_nH.dtype} on {values_nH.device}")
+    entry = target.entry(point)
+    expected = (sum(run.length for run in runs), entry.width)
+    if tuple(values_nH.shape) != expected:
+        rule = f"must be {list(expected)}, as its entry and these runs say"
+        raise ValueError(f"values of {point} {rule}, but are {list(values_nH.shape)}")
+    for run in runs:
+        if run.length < 0 or not 0 <= run.first_row <= run.first_row + run.length <= target.states:
+            raise ValueError(f"states {run.first_row} + {run.length} do not lie within {target.states}")
+    wanted = [len(values_nH)] if entry.divisor else None
+    found = None if divisor_n is None else list(divisor_n.shape)
+    if found != wanted:
+        raise ValueError(f"divisors of {point} must be {wanted}, as its entry says, but are {found}")
+    if divisor_n is not None and (divisor_n.dtype != torch.float32 or divisor_n.device.type != "cpu"):
+        raise ValueError(f"divisors must be float32 on the CPU, but are {divisor_n.dtype} on {divisor_n.device}")
+
+
+def state_name(target: Manifest, point: HookPoint, runs: Iterable[RowRun], index: int) -> str:
+    """The state at ``index`` along the concatenated runs, as errors call it."""
+    what = "row" if target.states == target.rows else "state"
     for run in runs:
         if index < run.length:
-            return run.first_row + index
+            return f"{point} {what} {run.first_row + index}"
         index -= run.length
     raise IndexError(index)

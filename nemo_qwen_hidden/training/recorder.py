@@ -1,0 +1,391 @@
+"""States of captured steps, from all ranks of a training run into a store, while training goes on.
+
+The training thread only hands over what it has. A thread of each rank does the rest, together with those of the others
+over a process group that nothing else uses: rank 0 learns of the samples and begins the step in the store, each rank
+writes the rows that it holds, the shards are sealed by turns, and rank 0 adds the step. Neither random numbers nor the
+groups of the training are touched.
+"""
+
+import hashlib
+import math
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from nemo_qwen_hidden.capture.gather import on_host
+from nemo_qwen_hidden.capture.taps import LocalSlice
+from nemo_qwen_hidden.errors import HiddenStatesError, StoreError, status_of
+from nemo_qwen_hidden.parallel.agree import gather_values, on_every_rank, on_rank_0
+from nemo_qwen_hidden.parallel.groups import CONTROL_TIMEOUT_DAYS, ProcessGroups
+from nemo_qwen_hidden.plan.slices import Run
+from nemo_qwen_hidden.store.captured import CapturedStep, consecutive
+from nemo_qwen_hidden.store.entries import ShardEntry
+from nemo_qwen_hidden.store.format import MARKER, Shard
+from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.store.write.step_files import Share, States, StepFiles, StepTarget, check_shares
+from nemo_qwen_hidden.store.write.steps import SHARD_ROWS, GrowingStore, StepDocument
+
+ROW_STRIDE = 2**32
+"""A row of a slice is sample number * ROW_STRIDE + position: ranks do not know how long samples of others are."""
+STEPS_AHEAD = 2
+QUEUE_BYTES = 256 * 2**20
+COMMIT_SECS = 5.0
+_ENDING_SECS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A sample of a captured step. number: Megatron's own. id: what a store calls it, beneath the step; None: its
+    number. token_ids: int32 [tokens]. source: where it came from; None: the phase. kept: int64, the positions of the
+    tokens whose states are kept, ascending; None: all, of every sample."""
+
+    number: int
+    id: str | None
+    token_ids: NDArray[np.int32]
+    source: str | None = None
+    kept: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStates:
+    """What a rank has of one captured step.
+
+    phase: ``train``, ``validation`` or ``probe``. step: optimizer steps that the weights had been given. samples: those
+    of this rank's replica, on one or more of its ranks; others may give (). slices: a run of one begins at row
+    ``sample number * ROW_STRIDE + position``, and none goes beyond its sample.
+    """
+
+    phase: str
+    step: int
+    samples: tuple[Sample, ...]
+    slices: tuple[LocalSlice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What rank 0 tells all of a step. numbers: of the samples, ascending. first_rows: of each in the step, then their
+    sum. kept: rows of the step that have states, None where all have. sync: whether the step is to be made durable."""
+
+    begun: StepTarget
+    numbers: Sequence[int]
+    first_rows: Sequence[int]
+    kept: NDArray[np.int64] | None
+    sync: bool
+
+    def states_of(self, run: Run) -> Run:
+        """The states of a run of rows."""
+        number, position = divmod(run.first_row, ROW_STRIDE)
+        place = bisect_right(self.numbers, number) - 1
+        first_row = self.first_rows[place] + position
+        if place < 0 or self.numbers[place] != number or first_row + run.length > self.first_rows[place + 1]:
+            rule = f"positions {position} to {position + run.length - 1} of sample {number} were captured"
+            raise HiddenStatesError(f"{rule}, which is not among those that ranks have told of, or not as long")
+        if self.kept is None:
+            first, count = first_row, run.length
+        else:
+            first, stop = np.searchsorted(self.kept, (first_row, first_row + run.length)).tolist()
+            count = stop - first
+        if count != run.kept:
+            raise HiddenStatesError(f"{run.kept} states of sample {number} were captured where {count} are to be kept")
+        return replace(run, first_row=first, length=count, picked=None)
+
+
+class _Flush:
+    """Stands in the queue for: everything before is to be durable, and known to the manifest."""
+
+
+class Recorder:
+    """One rank's part in the store of a training run; made and closed by all ranks together, as every call.
+
+    Args:
+        path: the store's folder, which all ranks see. what: the store without parts, see ``describe``; rank 0's counts.
+        groups: of the training run; their ranks are asked, their groups are not used. resume_at: steps from this one
+            on are dropped, since the run does them again. queue_bytes: of states that wait; ``put`` blocks beyond it,
+            or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next step makes all durable, so that a
+            power cut costs at most the work of that long. nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
+
+    Raises:
+        StoreError: the folder cannot be the store of this run, or some rank does not see it.
+        PeerError: on the other ranks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        what: Manifest,
+        groups: ProcessGroups,
+        *,
+        resume_at: int | None = None,
+        shard_rows: int = SHARD_ROWS,
+        queue_bytes: int = QUEUE_BYTES,
+        commit_secs: float = COMMIT_SECS,
+        nonfinite: str = "refuse",
+    ) -> None:
+        self._path, self._what, self._commit_secs, self._queue_bytes = path, what, commit_secs, queue_bytes
+        own = dist.new_group(backend="gloo", timeout=timedelta(days=CONTROL_TIMEOUT_DAYS))
+        self._groups = replace(groups, control=own)
+        self._store: GrowingStore | None = None  # on rank 0
+        self._files: StepFiles | None = None
+
+        def begin() -> tuple[Manifest, str]:
+            self._store = GrowingStore(path, what, resume_at=resume_at, shard_rows=shard_rows)
+            return self._store.manifest, _digest(path)
+
+        try:
+            begun, marker = on_rank_0(begin, self._groups, status_of=status_of)
+            self._files = self._open(begun, marker, nonfinite)
+        except BaseException:
+            self._release()
+            raise
+        self._committed = -math.inf
+        self._late: BaseException | None = None
+        self._changed = threading.Condition()
+        self._queue: deque[StepStates | _Flush | None] = deque()
+        self._queued_bytes = self._given = self._done = 0
+        self._failure: BaseException | None = None
+        self._failed_at = 0
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    def put(self, states: StepStates) -> None:
+        """Takes what this rank has of a step, whose tensors are not to be changed afterwards. Every rank puts the same
+        steps in the same order, what it has of them or nothing.
+
+        Raises:
+            StoreError: of an earlier step: no space is left, or a value is not finite, or the store has the step.
+            PeerError: the same on another rank. Both are raised at the same call on all ranks.
+        """
+        size = _bytes(states)
+        with self._changed:
+            self._give(states, ahead=STEPS_AHEAD, size=size)
+
+    def flush(self) -> None:
+        """Returns when every step is durable, and a store is there that lists it: for a checkpoint, since a run that is
+        resumed from it does later steps again, and no earlier one. Raises as ``put``."""
+        with self._changed:
+            self._give(_Flush(), ahead=0)
+
+    def close(self) -> None:
+        """``flush``, and lets go of the store; a second call does nothing. Raises as ``put``."""
+        if not self._thread.is_alive() and self._failure is None:
+            return
+        try:
+            self.flush()
+            with self._changed:
+                self._give(None, ahead=0)
+            self._thread.join()
+            assert self._files is not None
+            on_every_rank(self._files.close, self._groups, status_of=status_of)
+            on_rank_0(self._finish, self._groups, status_of=status_of)
+        finally:
+            self._release()
+
+    def abandon(self) -> None:
+        """Lets go without waiting for other ranks, after an error; what is not in the store is lost. The one call that
+        is not for all ranks together."""
+        with self._changed:
+            self._failure = self._failure or HiddenStatesError("the recorder was abandoned")
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join(_ENDING_SECS)  # it may wait for a rank that does not come any more
+        if not self._thread.is_alive():
+            self._release()
+
+    # the training thread
+
+    def _give(self, item: StepStates | _Flush | None, *, ahead: int, size: int = 0) -> None:
+        """Queues ``item`` and waits until no more than ``ahead`` items are waiting or being worked on.
+
+        An error is raised where the item that it was met at has to be done, and so at the same call on every rank,
+        however far each rank's thread has come: if one rank left its training step and another went on into the next,
+        the other would wait for it in a collective.
+        """
+        if self._failure is None:
+            self._changed.wait_for(lambda: self._queued_bytes + size <= self._queue_bytes or self._idle)
+            self._queue.append(item)
+            self._queued_bytes += size
+            self._changed.notify_all()
+        self._given += 1
+        due = self._given - ahead
+        self._changed.wait_for(lambda: self._done >= due or self._failure is not None)
+        if self._failure is not None and self._failed_at < due:
+            raise self._failure
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing would make place in the queue."""
+        return not self._queue or self._failure is not None
+
+    # the recorder's thread
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._queue or self._failure is not None)
+                    if self._failure is not None:
+                        return
+                    item = self._queue[0]
+                if isinstance(item, StepStates):
+                    self._record(item)
+                elif item is not None:
+                    self._flush()
+                with self._changed:
+                    if self._failure is None:
+                        self._queue.popleft()
+                        self._queued_bytes -= _bytes(item) if isinstance(item, StepStates) else 0
+                    self._done += 1
+                    self._changed.notify_all()
+                if item is None:
+                    return
+        except BaseException as failure:
+            with self._changed:
+                self._failure, self._failed_at = self._failure or failure, self._done
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _record(self, states: StepStates) -> None:
+        """One step into the store. Collective over all ranks."""
+        groups = self._groups
+        told = gather_values((states.phase, states.step, states.samples, len(states.slices)), groups)
+        plan = on_rank_0(lambda: self._plan(told), groups, status_of=status_of)
+        if plan is None:
+            return
+        begun, files = plan.begun, self._files
+        assert files is not None
+
+        def write() -> Share:
+            return files.write(begun, _pieces(begun.target, plan, states.slices))
+
+        shares = on_every_rank(write, groups, status_of=status_of)
+        errors, shards = check_shares(begun.target, shares), list(begun.target.missing())
+
+        def seal() -> Mapping[Shard, ShardEntry]:
+            return files.seal(begun, shards[groups.place.rank :: groups.topology.world], errors)
+
+        sealed = on_every_rank(seal, groups, status_of=status_of)
+        if plan.sync:  # when shards of all ranks have their names
+            on_every_rank(files.sync, groups, status_of=status_of)
+        if self._store is not None:
+            entries = {shard: entry for each in sealed for shard, entry in each.items()}
+            self._add(entries, commits=plan.sync)
+
+    def _flush(self) -> None:
+        """Collective over all ranks."""
+        assert self._files is not None
+        on_every_rank(self._files.sync, self._groups, status_of=status_of)
+        on_rank_0(lambda: self._commit(publish=True), self._groups, status_of=status_of)
+
+    def _plan(self, told: Sequence[tuple[str, int, Sequence[Sample], int]]) -> _Plan | None:
+        """Begins a step on rank 0; None where no rank has a sample. told: by each rank, the step, its samples, and how
+        many slices it has."""
+        if self._late is not None:
+            raise self._late
+        assert self._store is not None
+        steps = sorted({(phase, step) for phase, step, _, _ in told})
+        if len(steps) > 1:
+            raise HiddenStatesError(f"ranks have captured different steps at the same time: {steps}")
+        samples = _together(samples for _, _, samples, _ in told)
+        if not samples:
+            if any(slices for *_, slices in told):
+                raise HiddenStatesError(f"states of step {steps[0]} were captured, and no rank has told of a sample")
+            return None
+        (phase, step), numbers = steps[0], [sample.number for sample in samples]
+        captured = CapturedStep(phase=phase, step=step, samples=consecutive(numbers))
+        begun = self._store.begin(captured, [_document(sample, phase) for sample in samples])
+        first_rows = list(accumulate((len(sample.token_ids) for sample in samples), initial=0))
+        kept = [
+            first + sample.kept for sample, first in zip(samples, first_rows, strict=False) if sample.kept is not None
+        ]
+        return _Plan(
+            begun=begun,
+            numbers=numbers,
+            first_rows=first_rows,
+            kept=np.concatenate(kept) if kept else None,
+            sync=time.monotonic() - self._committed >= self._commit_secs,
+        )
+
+    def _add(self, sealed: Mapping[Shard, ShardEntry], *, commits: bool) -> None:
+        """On rank 0 alone; what goes wrong here reaches all ranks with the next step."""
+        assert self._store is not None
+        try:
+            self._store.add(sealed)
+            if commits:
+                self._commit()
+        except BaseException as failure:
+            self._late = failure
+
+    def _commit(self, *, publish: bool = False) -> None:
+        if self._late is not None:
+            raise self._late
+        assert self._store is not None
+        self._store.commit(publish=publish)
+        self._committed = time.monotonic()
+
+    def _open(self, begun: Manifest, marker: str, nonfinite: str) -> StepFiles:
+        """Lets this rank write, if every rank sees the store. Collective over all ranks."""
+        opened: list[StepFiles] = []
+
+        def see() -> None:
+            if not (self._path / MARKER).is_file() or _digest(self._path) != marker:
+                rule = "must be a folder that every rank sees, on a file system that all machines share"
+                raise StoreError("store.path", rule, str(self._path))
+            opened.append(StepFiles(self._path, begun.producers, nonfinite=nonfinite))
+
+        on_every_rank(see, self._groups, status_of=status_of)
+        return opened[0]
+
+    def _finish(self) -> None:
+        assert self._store is not None
+        self._store.finish()
+
+    def _release(self) -> None:
+        if self._files is not None:
+            self._files.close()
+        if self._store is not None:
+            self._store.abandon()
+
+
+def _together(told: Iterable[Sequence[Sample]]) -> list[Sample]:
+    """The samples of all ranks, ascending; several of a replica may have told of one."""
+    found: dict[int, Sample] = {}
+    for sample in (sample for samples in told for sample in samples):
+        known = found.setdefault(sample.number, sample)
+        if known is not sample and not np.array_equal(known.token_ids, sample.token_ids):
+            raise HiddenStatesError(f"ranks have different tokens of sample {sample.number}")
+    return [found[number] for number in sorted(found)]
+
+
+def _document(sample: Sample, phase: str) -> StepDocument:
+    return StepDocument(
+        id=str(sample.number) if sample.id is None else sample.id,
+        source=sample.source or phase,
+        token_ids=np.ascontiguousarray(sample.token_ids, np.int32),
+        kept=sample.kept,
+    )
+
+
+def _pieces(target: Manifest, plan: _Plan, slices: Iterable[LocalSlice]) -> Iterator[States]:
+    for piece in map(on_host, slices):
+        divides = piece.hook_point in target.points and target.entry(piece.hook_point).divisor
+        runs = [plan.states_of(run) for run in piece.runs]
+        divisor = piece.divisor if divides else None
+        yield States(point=piece.hook_point, runs=runs, values=piece.values, divisor=divisor)
+
+
+def _bytes(states: StepStates) -> int:
+    return sum(piece.values.nbytes for piece in states.slices)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256((path / MARKER).read_bytes()).hexdigest()

@@ -1,0 +1,115 @@
+"""Fine-tuning runs: resumption after a kill, in the same and in another layout."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from nemo_qwen_hidden.config import FinetuneSettings, ParallelSettings, RunSettings, TrainSettings
+from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
+from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob, prepare
+from nemo_qwen_hidden.training.started import fit_started
+from tests.conftest import Start
+
+TRAIN = TrainSettings(
+    max_steps=8,
+    lr=1e-3,
+    seq_length=32,
+    global_batch_size=4,
+    validation_part=0.2,
+    validation_every=4,
+    validation_batches=1,
+    checkpoint_every=3,
+)
+
+
+def job_at(folder: Path, **parallel: Any) -> FinetuningJob:
+    settings = FinetuneSettings(train=TRAIN, run=RunSettings(path=str(folder)), parallel=ParallelSettings(**parallel))
+    return prepare(settings, world=None)
+
+
+def fit_until_killed(rank: Rank, job: FinetuningJob, step: int) -> None:
+    """Fine-tunes; the last rank is killed after ``step`` steps."""
+    import lightning.pytorch as pl
+
+    from nemo_qwen_hidden.training import run
+
+    class Killer(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == step and rank.rank == rank.world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(run, "_watchers", lambda job: [Killer()]):
+        fit_started(rank, job)
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state in the last checkpoint of a run, read by torch alone."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    checkpoint = max((run / CHECKPOINTS).glob("*-last"), key=lambda path: path.stat().st_mtime)
+    found: dict[str, Any] = {}
+    reader = FileSystemReader(checkpoint / "weights")
+    _load_state_dict(found, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {name: value for name, value in _flat(found) if isinstance(value, torch.Tensor)}
+
+
+def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}/{key}")]
+    return [(prefix, tree)]
+
+
+def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, start_ranks: Start) -> None:
+    whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
+    start_ranks(2, fit_started, job_at(whole, tp=2))
+    with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+        start_ranks(2, fit_until_killed, job_at(killed, tp=2), 5)
+    assert job_at(killed, tp=2).begun
+    shutil.copytree(killed, moved)
+    start_ranks(2, fit_started, job_at(killed, tp=2))
+    start_ranks(2, fit_started, job_at(moved, pp=2))
+    expected, same, other = map(tensors_of, (whole, killed, moved))
+    assert any("exp_avg" in name for name in expected) and any("linear_qkv" in name for name in expected)
+    assert same.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(same[name], tensor), name
+        assert torch.allclose(other[name], tensor, rtol=0, atol=1e-4), name
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Start) -> None:
+    job = job_at(tmp_path / "run")
+    short = replace(job.settings, train=replace(TRAIN, max_steps=1, validation_part=0.0))
+    start_ranks(1, fit_started, replace(job, settings=short))
+    with pytest.raises(DataError, match=r"must be what the run at .* was begun with"):
+        start_ranks(1, fit_started, job)
+
+
+def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
+    settings = FinetuneSettings(run=RunSettings(path=str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match=r"`run\.path` must name the folder"):
+        prepare(FinetuneSettings(), world=None)
+    for train, setting in (
+        (TrainSettings(recompute="all"), r"train\.recompute"),
+        (TrainSettings(max_steps=0), r"train\.max_steps"),
+        (TrainSettings(lr=float("nan")), r"train\.lr"),
+        (TrainSettings(validation_part=1.0), r"train\.validation_part"),
+        (TrainSettings(seq_length=513), r"train\.seq_length"),
+        (TrainSettings(global_batch_size=3, micro_batch_size=2), r"train\.global_batch_size"),
+        (TrainSettings(recompute_layers=2), r"train\.recompute_layers"),
+    ):
+        with pytest.raises((ConfigError, ConfigErrors), match=f"`{setting}`"):
+            prepare(replace(settings, train=train), world=None)
+    virtual = replace(settings, parallel=ParallelSettings(pp=2, vp=2), train=TrainSettings(global_batch_size=3))
+    with pytest.raises(ConfigError, match="virtual stages take turns"):
+        prepare(virtual, world=None)
+    assert not (tmp_path / "run").exists()
