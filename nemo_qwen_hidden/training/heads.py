@@ -83,7 +83,8 @@ class Medusa(MegatronModule):
     def _columns(self, linear: ColumnParallelLinear) -> Tensor:
         """int64 [V / tp], the tokens whose logits this rank has."""
         size: int = linear.output_size_per_partition
-        return torch.arange(size) + linear.tp_group.rank() * size
+        first: int = linear.tp_group.rank() * size
+        return torch.arange(first, first + size)
 
     @torch.no_grad()
     def _fill(self, linear: ColumnParallelLinear, weights: str | None, seed: int) -> None:

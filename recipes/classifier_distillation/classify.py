@@ -84,7 +84,7 @@ def columns(data: Path, store: Path | None) -> Columns:
     return made
 
 
-def train(rank: Rank, store: Path | None, training: Columns, held_out: Columns) -> dict[str, float]:
+def train(rank: Rank, store: Path | None, training: Columns, held_out: Columns, steps: int) -> dict[str, float]:
     """NeMo's trainer on one rank; what it logged last."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def train(rank: Rank, store: Path | None, training: Columns, held_out: Columns) 
     )
     optimizer = OptimizerConfig(optimizer="adam", lr=LR, clip_grad=1.0, use_distributed_optimizer=False)
     data = ColumnData(
-        training, held_out, samples=STEPS * BATCH, micro_batch_size=MICROBATCH, global_batch_size=BATCH, seed=0
+        training, held_out, samples=steps * BATCH, micro_batch_size=MICROBATCH, global_batch_size=BATCH, seed=0
     )
     with as_if_torchrun(rank):
         trainer = nl.Trainer(
@@ -121,8 +121,8 @@ def train(rank: Rank, store: Path | None, training: Columns, held_out: Columns) 
             devices=rank.world,
             strategy=megatron_strategy(TOPOLOGY, stages=stages, rendezvous=rank.rendezvous),
             callbacks=[StateLossCallback()],
-            max_steps=STEPS,
-            val_check_interval=STEPS,
+            max_steps=steps,
+            val_check_interval=steps,
             limit_val_batches=1.0,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -134,7 +134,7 @@ def train(rank: Rank, store: Path | None, training: Columns, held_out: Columns) 
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def compare(folder: Path) -> dict[str, dict[str, float]]:
+def compare(folder: Path, steps: int = STEPS) -> dict[str, dict[str, float]]:
     """The whole recipe; its files go to ``folder``."""
     data, held_out_data = snippets(folder)
     store = folder / "teacher"
@@ -154,7 +154,7 @@ def compare(folder: Path) -> dict[str, dict[str, float]]:
     shares = torch.bincount(held_out["classes"]) / len(held_out["classes"])
     print(f"{len(held_out['classes'])} held-out snippets; always {PACKAGES[int(shares.argmax())]}: {shares.max():.3f}")
     for name, teacher in (("classifier", None), ("with distillation", store)):
-        work = (teacher, columns(data, teacher), held_out)
+        work = (teacher, columns(data, teacher), held_out, steps)
         found[name], *_ = run_ranks(train, work, world=TOPOLOGY.world, log=folder / "ranks.log")
         print(f"{name}: accuracy {found[name]['val_class_accuracy']:.3f}, loss {found[name]['val_class']:.3f}")
     return found
