@@ -67,6 +67,15 @@ def visit_site(model: MCoreGPTModel, point: HookPoint, visit: Visit, *, prepend:
     raise HiddenStatesError(f"hook point {point} is no state of its own")
 
 
+def has_site(model: MCoreGPTModel, point: HookPoint) -> bool:
+    """Whether this stage has the module whose state ``point`` is."""
+    if point.site == sites.EMBED:
+        return bool(model.pre_process)
+    if point.site == sites.FINAL_NORM:
+        return model.decoder.final_layernorm is not None
+    return any(layer.layer_number - 1 == point.layer for layer in model.decoder.layers)
+
+
 def visit_attention(model: MCoreGPTModel, point: HookPoint, visit: AttentionVisit) -> RemovableHandle:
     """Calls ``visit`` with what the layer of ``point`` attends with."""
 

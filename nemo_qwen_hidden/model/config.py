@@ -30,13 +30,15 @@ class Qwen2HiddenConfig(Qwen2Config):
 
     num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
     final norm follows. weights: a Hugging Face folder that each stage is filled from as it is built, wherever NeMo
-    builds it; None leaves that to the caller.
+    builds it; None leaves that to the caller. state_losses: of ``training.losses``; their heads become submodules of
+    the chunk that has their hook point.
     """
 
     transformer_layer_spec: Callable[..., Any] = decoder_spec
     output_layer: bool = False
     final_norm: bool = True
     weights: str | None = None
+    state_losses: tuple[Any, ...] = ()
 
     def configure_model(
         self,
@@ -53,6 +55,8 @@ class Qwen2HiddenConfig(Qwen2Config):
             model = self._without_output_layer(pre_process, vp_stage)
         if self.weights is not None:
             self._fill(model, Path(self.weights))
+        for loss in self.state_losses:
+            loss.add_head(model, self)
         return model
 
     def _fill(self, model: MCoreGPTModel, folder: Path) -> None:

@@ -39,8 +39,15 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
 
     config: Qwen2HiddenConfig
 
-    def __init__(self, config: Qwen2HiddenConfig, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
+    def __init__(
+        self,
+        config: Qwen2HiddenConfig,
+        # one by one: from what it was built with, NeMo builds the model of each further virtual stage (io.reinit)
+        optim: Any = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         self.architecture: Architecture | None = None
         self.later_chunks = nn.ModuleList()  # behind self.module, one for each further virtual stage
         self._groups: ProcessGroups | None = None

@@ -1,0 +1,122 @@
+"""Losses on states in NeMo's Trainer, on ranks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.topology import Topology
+from tests.support.training import Job, Piece, pieces_of, trainer_of
+from tests.training.state_losses import (
+    LENGTH,
+    MICROBATCHES,
+    SEQUENCES,
+    Case,
+    Found,
+    batches,
+    chunks_of,
+    errors_of,
+    fill_heads,
+    losses,
+)
+
+SAMPLES = MICROBATCHES * SEQUENCES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A step of NeMo's Trainer. alone: without a language model's loss. save, resume: a checkpoint's folder."""
+
+    topology: Topology
+    truth: str = "gradients"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+    save: Path | None = None
+    resume: Path | None = None
+    steps: int = 1
+
+
+@dataclass(kw_only=True)
+class Trained(Found):
+    """logged: by Lightning. first, last: the weights before the first step of this run, and after the last."""
+
+    logged: dict[str, float]
+    first: list[Piece]
+    pieces: list[Piece]
+
+
+def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
+    """One after another."""
+    # Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266),
+    # which a rank, being one that ends with its parent, may not start.
+    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    return [_train(rank, folder, run) for run in runs]
+
+
+def _train(rank: Rank, folder: Path, run: Run) -> Trained:
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.training.columns import ColumnData
+    from nemo_qwen_hidden.training.state_loss_callback import (
+        StateLossCallback,
+        StateLossModel,
+        decoder_step,
+        whole_batch_step,
+    )
+
+    settings: dict[str, Any] = {"state_losses": losses(folder), "data_step_fn": whole_batch_step, "seq_length": LENGTH}
+    if run.alone:
+        settings |= {"output_layer": False, "forward_step_fn": decoder_step}
+    job = Job(topology=run.topology, steps=run.steps, own_model=True, micro_batch_size=SEQUENCES, clip_grad=0.0,
+              global_batch_size=SAMPLES, model=settings | dict(run.settings))  # fmt: skip
+    watcher = _watcher(run, folder)
+    with trainer_of(rank, job, folder / "model", [watcher, StateLossCallback()]) as (trainer, model, _):
+        if run.alone:
+            model = StateLossModel(model.config, optim=model.optim)
+        data = ColumnData(columns(), samples=SAMPLES * run.steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES)
+        trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
+        if run.save is not None:
+            with training_on_host():  # fit() has torn the strategy down
+                trainer.save_checkpoint(run.save)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        pieces = pieces_of(trainer)
+    values = {name: logged[name] for name in (loss.name for loss in losses(folder))}
+    return Trained(errors=watcher.errors, values=values, logged=logged, first=watcher.first, pieces=pieces)
+
+
+def columns() -> dict[str, torch.Tensor]:
+    """``batches`` as samples, so that microbatch n of one replica is batch n."""
+    made = batches()
+    return {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
+
+
+def _watcher(run: Run, folder: Path) -> Any:
+    import lightning.pytorch as pl
+
+    from nemo_qwen_hidden.training.chunks import live_chunks
+
+    class Watcher(pl.Callback):
+        """Gives heads the weights of the test, and compares gradients after the first step's schedule."""
+
+        errors: dict[str, float]
+        first: list[Piece]
+
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if run.resume is None:
+                for chunk in live_chunks(trainer):
+                    fill_heads(chunk, load_file(folder / "heads.safetensors"), run.topology.at(trainer.global_rank))
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.errors, self.first = {}, pieces_of(trainer)
+
+        def on_megatron_microbatches_end(self, step: Any, **_: Any) -> None:
+            if not self.errors and run.truth:
+                truth = folder / run.truth
+                expected = chunks_of(Case(topology=run.topology), folder, truth, truth / "heads.safetensors")
+                self.errors = errors_of(live_chunks(step.pipeline.trainer), expected)
+
+    return Watcher()

@@ -1,0 +1,432 @@
+"""Losses on states of a tiny model: in Megatron's schedules on ranks, and by autograd through transformers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_qwen_hidden.hookpoint import HookPoint
+from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.topology import Topology
+from tests.store.helpers import make_store
+from tests.support.models import Tiny, save_tiny
+
+LAYERS, HIDDEN, VOCAB, TEACHER_WIDTH = 8, 64, 384, 24
+CLASSES, HEADS, DECAY = 3, 2, 0.8
+MICROBATCHES, SEQUENCES, LENGTH = 4, 2, 16
+IGNORED = -100
+
+
+def losses(folder: Path) -> tuple[Any, ...]:
+    """One of each kind, on every stage of every layout."""
+    from nemo_qwen_hidden.training import losses as kinds
+
+    return (
+        kinds.ValueHead(name="early", hook_point="embed", targets="values", mask="loss_mask", weight=0.5),
+        kinds.LinearProbe(name="probe", hook_point="attn_out@0", classes=CLASSES, weight=2.0),
+        kinds.Distillation(name="same", hook_point="resid_post@2", teacher="resid_post@1", store=str(folder / "same")),
+        kinds.Distillation(
+            name="narrow", hook_point="resid_mid@4", teacher="embed", store=str(folder / "narrow"), distance="cosine"
+        ),
+        kinds.LinearProbe(name="detached", hook_point="mlp_out@5", classes=CLASSES, detach=True),
+        kinds.ValueHead(name="value", hook_point="resid_post@-1", targets="values"),
+        kinds.SequenceClassifier(name="class", classes=CLASSES, last="last", weight=3.0),
+        kinds.MedusaHeads(name="medusa", heads=HEADS, vocab_size=VOCAB - 1, decay=DECAY),
+    )
+
+
+def prepare(folder: Path, *, tied: bool = False) -> None:
+    """A model, two teachers, head weights and batches."""
+    save_tiny(folder / "model", Tiny(layers=LAYERS, groups=2, tied=tied), vocab_size=VOCAB)
+    make_store(folder / "same", lengths=(60,), hidden_size=HIDDEN, points=(HookPoint("resid_post", 1),))
+    make_store(folder / "narrow", lengths=(60,), hidden_size=TEACHER_WIDTH, points=(HookPoint("embed"),))
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.1
+
+    heads = {
+        "early.weight": random(1, HIDDEN), "early.bias": random(1),
+        "probe.weight": random(CLASSES, HIDDEN), "probe.bias": random(CLASSES),
+        "narrow.weight": random(TEACHER_WIDTH, HIDDEN),
+        "detached.weight": random(CLASSES, HIDDEN), "detached.bias": random(CLASSES),
+        "value.weight": random(1, HIDDEN), "value.bias": random(1),
+        "class.weight": random(CLASSES, HIDDEN),
+    }  # fmt: skip
+    for number in range(HEADS):
+        heads[f"medusa.{number}.residual.weight"] = random(HIDDEN, HIDDEN)
+        heads[f"medusa.{number}.residual.bias"] = random(HIDDEN)
+        heads[f"medusa.{number}.output.weight"] = random(VOCAB, HIDDEN)
+    save_file(heads, folder / "heads.safetensors")
+    torch.save(batches(), folder / "batches.pt")
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Of different lengths, so that microbatches and halves of the sequence differ in what counts."""
+    generator = torch.Generator().manual_seed(9)
+
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (SEQUENCES, LENGTH), generator=generator)
+
+    made = []
+    for number in range(MICROBATCHES):
+        lengths = torch.tensor([LENGTH - number, 5 + 2 * number])
+        inside = torch.arange(LENGTH) < lengths[:, None]
+        rows = integers(0, 60)
+        rows[torch.rand(rows.shape, generator=generator) < 0.3] = -1
+        labels = integers(0, CLASSES)
+        labels[~inside] = IGNORED
+        made.append(
+            {
+                "tokens": integers(0, VOCAB - 1), "labels": integers(0, VOCAB - 1), "loss_mask": inside.float(),
+                "position_ids": torch.arange(LENGTH).expand(SEQUENCES, -1),
+                "values": torch.randn(SEQUENCES, LENGTH, generator=generator),
+                "token_classes": labels, "teacher_rows": rows, "last": lengths - 1,
+                "classes": torch.tensor([number % CLASSES, IGNORED if number == 2 else 1]),
+            }
+        )  # fmt: skip
+    return made
+
+
+# by transformers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Truth:
+    """values: of each loss, its mean over the microbatches. gradients: by transformers' names, and of heads as
+    ``state_heads.NAME``."""
+
+    values: dict[str, float]
+    gradients: dict[str, Tensor]
+
+
+def by_transformers(folder: Path, *, per_token: bool = False, language_model: float = 1.0) -> Truth:
+    """In float64, all in one graph."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    heads = {name: w.double().requires_grad_() for name, w in load_file(folder / "heads.safetensors").items()}
+    states: dict[str, Tensor] = {}
+    layers = model.model.layers
+    handles = [
+        model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: states.update(early=out)),
+        layers[0].self_attn.register_forward_hook(lambda _m, _i, out: states.update(probe=out[0])),
+        layers[2].register_forward_hook(lambda _m, _i, out: states.update(same=_first(out))),
+        layers[4].post_attention_layernorm.register_forward_pre_hook(lambda _m, given: states.update(narrow=given[0])),
+        layers[5].mlp.register_forward_hook(lambda _m, _i, out: states.update(detached=out.detach())),
+        layers[7].register_forward_hook(lambda _m, _i, out: states.update(value=_first(out))),
+        model.model.norm.register_forward_hook(lambda _m, _i, out: states.update({"class": out, "medusa": out})),
+    ]
+    everything = batches()
+    weights = [float(batch["loss_mask"].sum()) if per_token else 1.0 for batch in everything]
+    factors = {"early": 0.5, "probe": 2.0, "class": 3.0}
+    total, values = torch.zeros((), dtype=torch.float64), dict[str, float]()
+    for batch, weight in zip(everything, weights, strict=True):
+        logits = model(batch["tokens"], use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        mask = batch["loss_mask"].flatten().double()
+        share = weight / sum(weights)
+        total = total + language_model * share * (losses * mask).sum() / mask.sum()
+        for name, value in _plain(states, heads, batch, folder).items():
+            total = total + factors.get(name, 1.0) * share * value
+            values[name] = values.get(name, 0.0) + share * value.item()
+    total.backward()
+    for handle in handles:
+        handle.remove()
+    gradients = {name: _grad(p) for name, p in model.named_parameters()}
+    return Truth(values=values, gradients=gradients | {f"state_heads.{name}": _grad(w) for name, w in heads.items()})
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _plain(
+    states: Mapping[str, Tensor], heads: Mapping[str, Tensor], batch: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """Each loss of one microbatch as one would write it in plain torch."""
+
+    def linear(name: str) -> Tensor:
+        return F.linear(states[name], heads[f"{name}.weight"], heads.get(f"{name}.bias"))
+
+    mask, values = batch["loss_mask"].bool(), batch["values"].double()
+    rows, labels = batch["teacher_rows"], batch["token_classes"].flatten()
+    compared = rows >= 0
+    same = _teacher(folder / "same")[rows[compared]]
+    narrow = _teacher(folder / "narrow")[rows[compared]]
+    last = states["class"][torch.arange(SEQUENCES), batch["last"]]
+    medusa = torch.zeros((), dtype=torch.float64)
+    for number in range(HEADS):
+        state, ahead = states["medusa"], number + 1
+        w1, b1, w2 = (
+            heads[f"medusa.{part}"]
+            for part in (f"{number}.residual.weight", f"{number}.residual.bias", f"{number}.output.weight")
+        )
+        logits = (F.silu(state @ w1.T + b1) + state) @ w2[: VOCAB - 1].T
+        later = batch["labels"][:, ahead:][mask[:, ahead:]]
+        medusa = medusa + DECAY**ahead * F.cross_entropy(logits[:, :-ahead][mask[:, ahead:]], later)
+    return {
+        "early": F.mse_loss(linear("early").squeeze(-1)[mask], values[mask]),
+        "probe": F.cross_entropy(linear("probe").flatten(0, 1), labels),
+        "same": F.mse_loss(states["same"][compared], same),
+        "narrow": 1 - F.cosine_similarity(linear("narrow")[compared], narrow, dim=-1).mean(),
+        "detached": F.cross_entropy(linear("detached").flatten(0, 1), labels),
+        "value": F.mse_loss(linear("value").squeeze(-1), values),
+        "class": F.cross_entropy(F.linear(last, heads["class.weight"]), batch["classes"]),
+        "medusa": medusa,
+    }
+
+
+def _teacher(folder: Path) -> Tensor:
+    from nemo_qwen_hidden.store.read.reader import open_store
+
+    store = open_store(folder)
+    return store[store.hook_points[0]][:].double()
+
+
+def save_gradients(folder: Path, truth: Truth) -> Path:
+    """As a checkpoint, so that what cuts weights into the parts of ranks cuts gradients too."""
+    folder.mkdir()
+    (folder / "config.json").write_text((folder.parent / "model" / "config.json").read_text())
+    save_file(
+        {name: g.float().contiguous() for name, g in truth.gradients.items() if not name.startswith("state_heads.")},
+        folder / "model.safetensors",
+    )
+    save_file(
+        {name.removeprefix("state_heads."): g.float() for name, g in truth.gradients.items() if "state_heads." in name},
+        folder / "heads.safetensors",
+    )
+    return folder
+
+
+# on ranks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One schedule run. settings: of Megatron's configuration. grad_scale: of the optimizer. truth: a folder of
+    ``save_gradients``. freeze: all but the heads. only: names of the losses that there are, all by default."""
+
+    topology: Topology
+    truth: str = "gradients"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grad_scale: float = 1.0
+    per_token: bool = False
+    freeze: bool = False
+    only: tuple[str, ...] = ()
+    forward_only: bool = False
+
+
+@dataclass(kw_only=True)
+class Found:
+    """errors: of each parameter of this rank, |gradient - truth| / |truth|. values: of each loss."""
+
+    errors: dict[str, float]
+    values: dict[str, float]
+    error: str = ""
+
+
+def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
+    """Each case in turn; those of one topology share their process groups."""
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+
+    torch.set_num_threads(1)
+    found: list[Found] = []
+    changes = [0] + [n for n, (a, b) in enumerate(pairwise(cases), 1) if a.topology != b.topology] + [len(cases)]
+    for start, stop in pairwise(changes):
+        meeting = rank.rendezvous.with_name(f"{rank.rendezvous.name}-{start}")
+        with process_groups(cases[start].topology, rank=rank.rank, rendezvous=meeting) as groups, training_on_host():
+            found += [_schedule(case, folder, groups) for case in cases[start:stop]]
+            dist.barrier()
+    return found
+
+
+def chosen(case: Case, folder: Path) -> tuple[Any, ...]:
+    """The losses of a case."""
+    return tuple(loss for loss in losses(folder) if not case.only or loss.name in case.only)
+
+
+def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
+    """Megatron's models of this rank, filled."""
+    from nemo_qwen_hidden.model.config import configure_training
+    from nemo_qwen_hidden.plan.stages import stages_of
+
+    topology = case.topology
+    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": chosen(case, folder)}
+    if topology.pp > 1:
+        settings["microbatch_group_size_per_vp_stage"] = topology.pp
+    stages = stages_of(LAYERS, pp=topology.pp, vp=topology.vp)
+    config = configure_training(weights, topology, stages=stages, **settings | dict(case.settings))
+    if case.grad_scale != 1:
+        config.grad_scale_func = lambda loss: loss * case.grad_scale
+    chunks = []
+    for vp_stage in range(topology.vp):
+        chunk = config.configure_model(None, vp_stage=vp_stage if topology.vp > 1 else None)
+        fill_heads(chunk, load_file(heads), topology.at(dist.get_rank()))
+        chunks.append(chunk)
+    return chunks
+
+
+def fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
+    if hasattr(chunk, "state_heads"):
+        with torch.no_grad():
+            for name, parameter in chunk.state_heads.named_parameters():
+                rows = len(parameter) * place.tp if "output" in name else 0
+                parameter.copy_(heads[name][rows : rows + len(parameter)])
+
+
+def _schedule(case: Case, folder: Path, groups: Any) -> Found:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    from nemo_qwen_hidden.errors import HiddenStatesError
+    from nemo_qwen_hidden.training.attach import AttachedLosses
+
+    chunks = chunks_of(case, folder, folder / "model", folder / "heads.safetensors")
+    config = chunks[0].config
+    if case.freeze:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_("state_heads" in name)
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
+    wrapped = [DistributedDataParallel(config, options, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    config.finalize_model_grads_func = finalize_model_grads
+    topology = case.topology
+    mine = torch.load(folder / "batches.pt")[groups.place.dp :: topology.dp]
+
+    with ExitStack() as stack:
+        try:
+            attached = stack.enter_context(AttachedLosses(chunks, chosen(case, folder), groups))
+            attached.begin_step(num_microbatches=len(mine), forward_only=case.forward_only)
+            stack.enter_context(torch.set_grad_enabled(not case.forward_only))
+            get_forward_backward_func()(
+                forward_step_func=_forward_step(attached, groups, case),
+                data_iterator=[iter(mine) for _ in chunks] if topology.vp > 1 else iter(mine),
+                model=wrapped if topology.vp > 1 else wrapped[0],
+                num_microbatches=len(mine),
+                seq_length=LENGTH,
+                micro_batch_size=SEQUENCES,
+                forward_only=case.forward_only,
+            )
+            values = attached.end_step()
+        except HiddenStatesError as error:
+            return Found(errors={}, values={}, error=str(error))
+    if case.forward_only:
+        return Found(errors={}, values=values)
+    truth = folder / case.truth
+    expected = chunks_of(Case(topology=topology), folder, truth, truth / "heads.safetensors")
+    return Found(errors=errors_of(chunks, expected, scale=case.grad_scale), values=values)
+
+
+def errors_of(chunks: Sequence[Any], expected: Sequence[Any], *, scale: float = 1.0) -> dict[str, float]:
+    """Of each trained parameter of this rank, by its chunk and its name; ``expected`` has the gradients as weights."""
+    errors = {}
+    for number, (chunk, wanted) in enumerate(zip(chunks, expected, strict=True)):
+        truth = dict(wanted.named_parameters())
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                errors[f"{number}:{name}"] = _error(parameter.main_grad / scale, truth[name])
+    return errors
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    difference, size = (found.double() - truth.double()).norm(), truth.double().norm()
+    return float(difference / size) if size else float(difference)
+
+
+def _forward_step(attached: Any, groups: Any, case: Case) -> Callable[[Any, Any], Any]:
+    def cut(values_BS: Tensor) -> Tensor:
+        cp, rank = groups.topology.cp, groups.place.cp
+        chunks = values_BS.chunk(2 * cp, dim=1)
+        return values_BS if cp == 1 else torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]], dim=1)
+
+    def step(iterator: Any, model: Any) -> Any:
+        batch = next(iterator)
+        attached.begin_microbatch(batch)
+        output = model(cut(batch["tokens"]), cut(batch["position_ids"]), None, labels=cut(batch["labels"]))
+        count = batch["loss_mask"].sum()
+
+        def loss(losses_BS: Tensor) -> Any:
+            mask = cut(batch["loss_mask"])
+            total = (losses_BS * mask).sum()
+            if case.per_token:
+                return total, mask.sum().int(), {"loss": total.detach()}
+            return total / count, {"loss": total.detach()}
+
+        return output, loss
+
+    return step
+
+
+def new_heads(rank: Rank, folder: Path, topology: Topology) -> tuple[dict[str, Any], bool]:
+    """Weights of heads as they begin, this rank's part of each, and whether making them drew no random numbers."""
+    from nemo_qwen_hidden.model.config import configure_training
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.plan.stages import stages_of
+
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous), training_on_host():
+        config = configure_training(folder / "model", topology, stages=stages_of(LAYERS, pp=1, vp=1))
+        chunk = config.configure_model(None)
+        before = torch.get_rng_state()
+        for loss in losses(folder):
+            loss.add_head(chunk, config)
+        untouched = torch.equal(before, torch.get_rng_state())
+        dist.barrier()
+    return {name: p.detach().numpy() for name, p in chunk.state_heads.named_parameters()}, untouched
+
+
+def classified(rank: Rank, folder: Path, topology: Topology, ids: Tensor, labels: Tensor) -> tuple[float, Any, Any]:
+    """Loss, logits and errors of gradients of the classifier in ``folder``, without a schedule."""
+    from nemo_qwen_hidden.capture.sites import visit_site
+    from nemo_qwen_hidden.model.config import configure_training
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.plan.stages import stages_of
+    from nemo_qwen_hidden.training.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses import SequenceClassifier, Tokens
+
+    torch.set_num_threads(1)
+    batch, positions = {"tokens": ids, "classes": labels}, torch.arange(ids.shape[1]).expand_as(ids)
+    point, states = HookPoint("final_norm"), []
+
+    def built(weights: Path) -> tuple[Any, Any]:
+        loss = SequenceClassifier(name="class", classes=3, pad_token_id=0, weights=str(weights))
+        config = configure_training(
+            weights, topology, stages=stages_of(3, pp=1, vp=1), output_layer=False, state_losses=(loss,)
+        )
+        return loss, config.configure_model(None)
+
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, training_on_host():
+        loss, chunk = built(folder / "classifier")
+        chunk.train()
+        visit_site(chunk, point, lambda state, _given: states.append(state.detach()))
+        with AttachedLosses([chunk], (loss,), groups) as attached:
+            attached.begin_step(num_microbatches=1)
+            attached.begin_microbatch(batch)
+            (chunk(ids, positions, None) * 0).sum().backward()
+            value = attached.end_step()["class"]
+        logits, _ = loss.logits(
+            states[0], Tokens.at(point, groups.place, batch), chunk.state_heads.get_submodule("class")
+        )
+        _, expected = built(folder / "gradients")
+        truth = dict(expected.named_parameters())
+        errors = {name: _error(p.grad, truth[name]) for name, p in chunk.named_parameters()}
+        dist.barrier()
+    return value, logits.detach().numpy(), errors
