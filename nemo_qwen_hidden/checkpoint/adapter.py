@@ -155,9 +155,7 @@ class ChangesReader:
         return name in self._adapter
 
 
-def _pairs(
-    stored: DistributedFiles, shape: DecoderShape, dim: int
-) -> dict[tuple[int, str], tuple[_Matrix, _Matrix]]:
+def _pairs(stored: DistributedFiles, shape: DecoderShape, dim: int) -> dict[tuple[int, str], tuple[_Matrix, _Matrix]]:
     found: dict[tuple[int, str], dict[str, _Matrix]] = {}
     for name, linear, side, layer in _matrices(stored):
         tensor = stored.tensors[name]

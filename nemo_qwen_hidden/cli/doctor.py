@@ -110,7 +110,11 @@ def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) ->
         UserError: it cannot be read, or the model cannot.
     """
     if replace(settings, model=ModelSettings()) != Settings():
-        raise ConfigError("--against", "must stand with no setting but `model.path` and `model.adapter`: nothing is run in a layout", path)
+        raise ConfigError(
+            "--against",
+            "must stand with no setting but `model.path` and `model.adapter`: nothing is run in a layout",
+            path,
+        )
     place = Path(path).expanduser()
     if foreign.is_foreign(place):
         folder = locate(settings.model.path)
@@ -152,9 +156,7 @@ def _report(
     about = [*subject, ("model", str(folder)), ("dtype", dtypes), ("documents", visit.described(observation.passages))]
     if adapter is not None:
         Adapter.of(adapter, architecture.shape)
-    return check_up(
-        observation, folder, architecture, adapter=adapter, subject=about, checks=checks, findings=findings
-    )
+    return check_up(observation, folder, architecture, adapter=adapter, subject=about, checks=checks, findings=findings)
 
 
 def show(report: Report, terminal: Terminal) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,13 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.transformer.spec_utils import build_module
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 
-from nemo_qwen_hidden.checkpoint.architecture import Architecture
+from torch import Tensor
+
+from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
+from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.spec import decoder_spec
+from nemo_qwen_hidden.model.weights import load_weights
 from nemo_qwen_hidden.plan.footprint import padded_vocab
 from nemo_qwen_hidden.plan.stages import megatron_layout
 from nemo_qwen_hidden.topology import Topology
@@ -24,12 +30,14 @@ class Qwen2HiddenConfig(Qwen2Config):
     """A Qwen2 without an output layer, unless ``output_layer`` asks for NeMo's usual model (for fine-tuning).
 
     num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
-    final norm follows.
+    final norm follows. weights: a Hugging Face folder that each stage is filled from as it is built, wherever NeMo
+    builds it; None leaves that to the caller.
     """
 
     transformer_layer_spec: Callable[..., Any] = decoder_spec
     output_layer: bool = False
     final_norm: bool = True
+    weights: str | None = None
 
     def configure_model(
         self,
@@ -41,7 +49,22 @@ class Qwen2HiddenConfig(Qwen2Config):
         """This rank's stage. With ``post_process`` disabled Megatron builds no output layer, but no final norm
         either; the norm is put back on the last stage, so that the decoder's output is the normed state."""
         if self.output_layer:
-            return super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+            model: MCoreGPTModel = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        else:
+            model = self._without_output_layer(pre_process, vp_stage)
+        if self.weights is not None:
+            self._fill(model, Path(self.weights))
+        return model
+
+    def _fill(self, model: MCoreGPTModel, folder: Path) -> None:
+        shape = read_architecture(folder).shape
+        files = TensorFiles.of(folder)
+        files.check(shape)
+        place = Topology(tp=self.tensor_model_parallel_size).at(parallel_state.get_tensor_model_parallel_rank())
+        with files.reader() as reader:
+            load_weights(model, reader, shape, place)
+
+    def _without_output_layer(self, pre_process: bool | None, vp_stage: int | None) -> MCoreGPTModel:
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
         spec = self.transformer_layer_spec(self, vp_stage=vp_stage or 0)
@@ -64,15 +87,23 @@ class Qwen2HiddenConfig(Qwen2Config):
 
 
 def configure(
-    architecture: Architecture, topology: Topology, *, dtype: str, stages: Sequence[range], final_norm: bool
+    architecture: Architecture,
+    topology: Topology,
+    *,
+    dtype: str,
+    stages: Sequence[range],
+    final_norm: bool = True,
+    **more: Any,
 ) -> Qwen2HiddenConfig:
     """NeMo's configuration for the first layers of a checkpoint in a layout, divided as ``stages`` says.
 
     Megatron's default stages need a number of layers that pp divides; ours are given to it explicitly.
+
+    more: of NeMo's configuration, instead of what is chosen here.
     """
     shape, compute = architecture.shape, TORCH_DTYPES[dtype]
     gpu = torch.cuda.is_available()
-    return Qwen2HiddenConfig(
+    chosen = dict(
         num_layers=stages[-1].stop,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
@@ -107,3 +138,47 @@ def configure(
         persist_layer_norm=gpu,
         batch_p2p_sync=gpu,
     )
+    return Qwen2HiddenConfig(**chosen | more)
+
+
+def configure_training(
+    folder: Path, topology: Topology, *, stages: Sequence[range], dtype: str = "fp32", **more: Any
+) -> Qwen2HiddenConfig:
+    """NeMo's configuration for fine-tuning a checkpoint in a layout, starting from its weights.
+
+    Args:
+        folder: of Hugging Face's form.
+        stages: layer indices of every stage, see ``plan.stages.stages_of``.
+        more: of NeMo's configuration, such as ``seq_length`` or ``recompute_granularity``. They have to be given here:
+            NeMo builds further virtual stages from what the constructor was given, not from what was set later.
+
+    Raises:
+        ConfigError: the vocabulary would have to be padded; the padding would take part in the loss.
+    """
+    architecture = read_architecture(folder)
+    vocab_size = architecture.shape.vocab_size
+    if vocab_size % topology.tp:
+        raise ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
+    wanted = dict(
+        output_layer=True,
+        weights=str(folder),
+        # Megatron marks what is split over tp while it initialises; norms of gradients and the optimizer go by that.
+        perform_initialization=True,
+        init_method=left_as_made,
+        output_layer_init_method=left_as_made,
+        forward_step_fn=causal_forward_step,
+        cross_entropy_loss_fusion=torch.cuda.is_available(),
+    )
+    return configure(architecture, topology, dtype=dtype, stages=stages, **wanted | more)
+
+
+def left_as_made(weight: Tensor) -> Tensor:
+    """Initialisation of a weight that is read from a file afterwards."""
+    return weight
+
+
+def causal_forward_step(model: Any, batch: dict[str, Any]) -> Tensor:
+    """NeMo's forward step of a GPT, without an attention mask: ours and Transformer Engine's attention are causal
+    without one, where NeMo's own step asks for it (NeMo 2.7.3, ``collections/llm/gpt/model/base.py:135``)."""
+    output: Tensor = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], labels=batch["labels"])
+    return output

@@ -22,8 +22,8 @@ from nemo_qwen_hidden.errors import CheckpointError, ConfigError, raise_all
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
 from nemo_qwen_hidden.model.effects import EffectCalls
 from nemo_qwen_hidden.model.nemo_weights import load_nemo_weights
+from nemo_qwen_hidden.model.stages import held_stages
 from nemo_qwen_hidden.model.weights import load_weights
-from nemo_qwen_hidden.parallel.agree import all_values
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
 from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.plan.microbatches import Microbatch
@@ -136,7 +136,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         """
         if labels is not None and not self.config.output_layer:
             raise ConfigError("labels", "need a model that was configured with `output_layer=True`", "no output layer")
-        module = self.module
+        module = _unwrapped(self.module)
         post_process = module.post_process
         module.post_process = labels is not None and post_process
         try:
@@ -173,11 +173,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         """Layer indices of every pipeline stage, virtual ones counted. For a model that NeMo built, in whatever way it
         split the layers, the first call is collective over all ranks."""
         if self._stages is None:
-            numbers = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in self.chunks]
-            own = list(zip(self.groups.place.stages, numbers, strict=True))
-            everyone = all_values(own, self.groups)
-            found = dict(pair for pairs in everyone for pair in pairs)
-            self._stages = _contiguous(found, self.groups.topology.stages)
+            self._stages = held_stages(self.chunks, self.groups)
         return self._stages
 
     def capture(
@@ -202,15 +198,11 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
             pipeline.run(mine, tokens, on_host, done)
 
 
-def _contiguous(numbers: dict[int, list[int]], count: int) -> tuple[range, ...]:
-    """Megatron's layer numbers (from 1) of each stage, as ranges of layer indices (from 0)."""
-    stages: list[range] = []
-    for stage in range(count):
-        start = stages[-1].stop if stages else 0
-        stages.append(range(start, start + len(numbers[stage])))
-        if [index + 1 for index in stages[-1]] != numbers[stage]:
-            raise ConfigError("pipeline layout", "must keep each stage's layers together and in order", numbers)
-    return tuple(stages)
+def _unwrapped(module: nn.Module) -> Any:
+    """Megatron's model, under what NeMo's strategy wraps around it for training."""
+    while not isinstance(module, MCoreGPTModel):
+        module = module.module
+    return module
 
 
 def _checked_stages(

@@ -1,7 +1,8 @@
 """The modules of Megatron's local layers, each a subclass of its own, with arithmetic that is fast on a CPU.
 
-It is used without gradients; with them, on a GPU, and where somebody replaced a submodule, Megatron's own is. What a
-state is does not depend on who looks: with hooks or without, the same products are computed of the same blocks.
+It is used without gradients; with them, in training mode, on a GPU, and where somebody replaced a submodule, Megatron's
+own is. In training mode, since recomputed layers run without gradients first: both passes have to have the same bits.
+What a state is does not depend on who looks: with hooks or without, the same products are computed of the same blocks.
 
 C: tokens of this rank, B: sequences, T: C x B (packed: C), H: hidden, F: inner units of this rank, N: heads of this
 rank, D: size of a head.
@@ -42,7 +43,7 @@ class LocalNorm(nn.RMSNorm):
 
     def forward(self, state: Tensor) -> Tensor:
         """[..., H] to [..., H]; half precision is widened within, and rounded once."""
-        if not _computes_here(state):
+        if not _computes_here(self, state):
             normed: Tensor = super().forward(state)
             return normed
         state_TH, weight_H = state.reshape(-1, state.shape[-1]), self.weight.float()
@@ -58,7 +59,7 @@ class LocalColumnLinear(ColumnParallelLinear):
     """Megatron's column-parallel linear, whose product is ``multiply``."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not _computes_here(input):
+        if not _computes_here(self, input):
             given: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return given
         if self.sequence_parallel:
@@ -70,7 +71,7 @@ class LocalRowLinear(RowParallelLinear):
     """Megatron's row-parallel linear, whose product is ``multiply``."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not _computes_here(input):
+        if not _computes_here(self, input):
             given: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return given
         return multiply(input.flatten(0, -2), weight, kwargs["bias"]).view(*input.shape[:-1], -1)
@@ -92,7 +93,7 @@ class LocalMLP(MLP):
         """[C, B, H] (under sequence parallelism C / tp) to the same, and no bias."""
         first, second = self.linear_fc1, self.linear_fc2
         own = type(first) is LocalColumnLinear and type(second) is LocalRowLinear
-        if not own or not _computes_here(hidden_states) or _has_hooks(first):
+        if not own or not _computes_here(self, hidden_states) or _has_hooks(first):
             given: tuple[Tensor, None] = super().forward(hidden_states, *args, **kwargs)
             return given
         if first.sequence_parallel:
@@ -122,7 +123,11 @@ class LocalSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As Megatron's."""
         rotary = kwargs.get("rotary_pos_emb")
-        if _computes_here(hidden_states) and isinstance(rotary, Tensor) and kwargs.get("inference_context") is None:
+        if (
+            _computes_here(self, hidden_states)
+            and isinstance(rotary, Tensor)
+            and kwargs.get("inference_context") is None
+        ):
             kwargs["rotary_pos_emb"] = None
             self._angles = self._angles_of_tokens(rotary, kwargs.get("packed_seq_params"))
         try:
@@ -167,8 +172,8 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(heads.dtype)
 
 
-def _computes_here(state: Tensor) -> bool:
-    here = state.device.type == "cpu" and not torch.is_grad_enabled()
+def _computes_here(module: nn.Module, state: Tensor) -> bool:
+    here = state.device.type == "cpu" and not torch.is_grad_enabled() and not module.training
     return here and not torch.is_autocast_enabled("cpu")
 
 

@@ -81,9 +81,7 @@ def _apart(chunks: Sequence[MCoreGPTModel], adapter: Adapter) -> dict[_Parameter
     return found
 
 
-def _change(
-    chunks: Sequence[MCoreGPTModel], apart: dict[_Parameter, Tensor], adapter: Adapter, place: Place
-) -> None:
+def _change(chunks: Sequence[MCoreGPTModel], apart: dict[_Parameter, Tensor], adapter: Adapter, place: Place) -> None:
     for number, chunk in enumerate(chunks):
         for name, fill in assignments(chunk, ChangesReader(adapter), adapter.shape, place):
             if (number, name) in apart:

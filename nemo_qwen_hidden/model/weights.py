@@ -37,9 +37,7 @@ def load_weights(model: MCoreGPTModel, reader: Reader, shape: DecoderShape, plac
         raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
 
 
-def assignments(
-    model: MCoreGPTModel, reader: Reader, shape: DecoderShape, place: Place
-) -> Iterator[tuple[str, Fill]]:
+def assignments(model: MCoreGPTModel, reader: Reader, shape: DecoderShape, place: Place) -> Iterator[tuple[str, Fill]]:
     """Parameter names, and how to fill each (a tensor of its shape). Where the layer specs differ in a name, both names
     are given."""
     share = _Share(reader, shape, place)
