@@ -84,7 +84,7 @@ class Adapter:
                 tensor = matrix.read(self.stored).contiguous()
                 about = [layer, linear, DTYPES[str(tensor.dtype).removeprefix("torch.")], *tensor.shape]
                 total.update(json.dumps(about).encode())
-                total.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+                total.update(tensor.view(torch.uint8).numpy().data.cast("B"))
         return total.hexdigest()
 
     def __contains__(self, name: str) -> bool:

@@ -147,7 +147,7 @@ class NemoTensors:
 
         def read(name: str) -> Raw:
             tensor = self.read(name).contiguous()
-            data = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+            data = tensor.view(torch.uint8).numpy().data.cast("B")
             return Raw(dtype=DTYPES[str(tensor.dtype).removeprefix("torch.")], shape=tuple(tensor.shape), data=data)
 
         return read

@@ -12,4 +12,5 @@ def projection(qkv: "torch.Tensor", shape: DecoderShape, which: str) -> "torch.T
     """The rows of ``q``, ``k`` or ``v``, in Hugging Face's order, of [(heads + 2 * groups) * head_dim, ...]."""
     by_group = qkv.unflatten(0, (shape.num_query_groups, -1))
     sizes = [heads * shape.head_dim for heads in (shape.num_heads // shape.num_query_groups, 1, 1)]
-    return by_group.split(sizes, dim=1)["qkv".index(which)].flatten(0, 1)
+    rows: torch.Tensor = by_group.split(sizes, dim=1)["qkv".index(which)].flatten(0, 1)
+    return rows

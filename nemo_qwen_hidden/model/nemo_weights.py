@@ -111,7 +111,7 @@ def _of_all_layers(chunk: MCoreGPTModel, layers: int) -> Iterator[None]:
         config.num_layers = built
 
 
-class _NothingCommon(LoadCommonStrategy):  # type: ignore[misc]
+class _NothingCommon(LoadCommonStrategy):
     """Leaves ``common.pt`` alone: a pickle with the trainer's state, of which no weight depends."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
