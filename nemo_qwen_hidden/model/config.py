@@ -167,6 +167,12 @@ def configure_training(
         output_layer_init_method=left_as_made,
         forward_step_fn=causal_forward_step,
         cross_entropy_loss_fusion=torch.cuda.is_available(),
+        # Two ranks that send each other states and gradients at once would mistake one for the other in a batch:
+        # Megatron's own command line asks for this too (training/arguments.py, "avoid having multiple p2p sends").
+        overlap_p2p_comm=topology.vp > 1,
+        batch_p2p_comm=topology.vp == 1,
+        # Then an output is freed while gloo may still have to read it; NCCL's sends stand in its stream already.
+        deallocate_pipeline_outputs=topology.vp == 1 or torch.cuda.is_available(),
     )
     return configure(architecture, topology, dtype=dtype, stages=stages, **wanted | more)
 

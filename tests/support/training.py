@@ -198,7 +198,7 @@ def pieces_of(trainer: Any) -> list[Piece]:
     apply_factories(state)
     return [
         Piece(
-            name=part.key,
+            name=part.key[part.key.rindex("module.") + len("module.") :],
             whole=tuple(part.global_shape),
             offset=tuple(part.global_offset),
             values=part.data.detach().float().reshape(part.local_shape).numpy().copy(),
