@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,18 @@ _OF_LAYER = {
     "mlp.down_proj.weight": "mlp.linear_fc2.weight",
 }
 _QKV, _GATE_UP = "self_attention.linear_qkv.", "mlp.linear_fc1.weight"
+_HALVES = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where a tensor is in the files: the name there, of a stack of all layers' which, rows of it, and of a fused
+    projection ``q``, ``k`` or ``v``."""
+
+    name: str
+    layer: int | None = None
+    rows: slice = slice(None)
+    projection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class NemoTensors:
             if name.startswith(self.prefix + _LAYERS) and name not in expected:
                 raise UnsupportedModelError("model.path", f"must be a Qwen2 and have no tensor `{name}`", where)
             if name in expected:
-                padded = name == self.prefix + _TABLES[EMBEDDING]
+                padded = name.removeprefix(self.prefix) in _TABLES.values()
                 _check_one(name, stored, expected[name], padded=padded)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
@@ -102,6 +115,8 @@ class NemoTensors:
             self.prefix + _TABLES[EMBEDDING]: (shape.vocab_size, hidden),
             self.prefix + _FINAL_NORM: (hidden,),
         }
+        if OUTPUT in self:
+            expected[self.prefix + _TABLES[OUTPUT]] = (shape.vocab_size, hidden)
         for name, size in of_layer.items():
             if self.layers_apart:
                 expected |= {f"{self.prefix}{_LAYERS}{layer}.{name}": size for layer in range(shape.num_layers)}
@@ -122,24 +137,39 @@ class NemoTensors:
         return whole[rows] if columns is None else whole[rows, columns]
 
     def _whole(self, name: str) -> "torch.Tensor":
-        if name in _TABLES:
-            return self.stored.read(self.prefix + _TABLES[name], slice(self.shape.vocab_size))
-        if name == FINAL_NORM:
-            return self.stored.read(self.prefix + _FINAL_NORM)
-        _, number, rest = name.split(".", 2)
-        layer = int(number)
-        if rest in _OF_LAYER:
-            return self._of_layer(layer, _OF_LAYER[rest])
-        module, linear, kind = rest.split(".")
-        if module == "mlp":
-            start = 0 if linear == "gate_proj" else self.shape.ffn_hidden_size
-            return self._of_layer(layer, _GATE_UP, slice(start, start + self.shape.ffn_hidden_size))
-        return projection(self._of_layer(layer, _QKV + kind), self.shape, linear[0])
+        source = self._source(name)
+        if source.layer is None:
+            tensor = self.stored.read(source.name, source.rows)
+        else:
+            tensor = self.stored.read(source.name, slice(source.layer, source.layer + 1), source.rows)[0]
+        return tensor if source.projection is None else projection(tensor, self.shape, source.projection)
 
-    def _of_layer(self, layer: int, name: str, rows: slice = slice(None)) -> "torch.Tensor":
-        if self.layers_apart:
-            return self.stored.read(f"{self.prefix}{_LAYERS}{layer}.{name}", rows)
-        return self.stored.read(f"{self.prefix}{_LAYERS}{name}", slice(layer, layer + 1), rows)[0]
+    def _source(self, name: str) -> "_Source":
+        if name in _TABLES:
+            return _Source(name=self.prefix + _TABLES[name], rows=slice(self.shape.vocab_size))
+        if name == FINAL_NORM:
+            return _Source(name=self.prefix + _FINAL_NORM)
+        _, number, rest = name.split(".", 2)
+        rows, part, ffn = slice(None), None, self.shape.ffn_hidden_size
+        if rest in _OF_LAYER:
+            ours = _OF_LAYER[rest]
+        elif rest in _HALVES:
+            ours, rows = _GATE_UP, slice(_HALVES.index(rest) * ffn, (_HALVES.index(rest) + 1) * ffn)
+        else:
+            _, linear, kind = rest.split(".")
+            ours, part = _QKV + kind, linear[0]
+        layer, apart = (None, f"{number}.") if self.layers_apart else (int(number), "")
+        return _Source(name=f"{self.prefix}{_LAYERS}{apart}{ours}", layer=layer, rows=rows, projection=part)
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor, by safetensors' names."""
+        return self.stored.tensors[self._source(name).name].dtype
+
+    def bytes_of(self, name: str) -> int:
+        """Of a tensor as a safetensors file holds it."""
+        table = (self.shape.vocab_size, self.shape.hidden_size)
+        shape = table if name in _TABLES else expected_shapes(self.shape)[name]
+        return prod(shape) * {"F32": 4, "BF16": 2, "F16": 2}[self.dtype(name)]
 
     def raw(self) -> Callable[[str], Raw]:
         """Gives the bytes of each tensor, as a safetensors file would hold them."""

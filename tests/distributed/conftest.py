@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support.models import Tiny, save_tiny
 
@@ -35,14 +36,16 @@ def nemo_folders(tmp_path_factory: pytest.TempPathFactory) -> NemoFolders:
     folder = save_tiny(root / "huggingface", tiny, vocab_size=VOCAB)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(demo.model_folder() / name, folder)
-    half = save_tiny(root / "half_huggingface", tiny, vocab_size=VOCAB, dtype="bfloat16")
+    half = Path(shutil.copytree(folder, root / "half_huggingface"))
+    weights = half / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     still = Job(topology=Topology(tp=2, pp=2), steps=1, lr=0.0)
     lora = Job(topology=Topology(tp=2, pp=2), steps=2, lr=1e-2)
     every = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     work = [
         (still, folder, root / "nemo"),
         (lora, folder, root / "adapter", every),
-        (lora, folder, root / "partial", ("*.layers.1.*.linear_qkv", "*.layers.1.*.linear_fc1")),
+        (lora, folder, root / "partial", ("linear_qkv", "linear_fc1")),
     ]
     run_ranks(written, (work,), world=4, log=root / "ranks.log")
     alone = [(Job(steps=1, lr=0.0, dtype="bf16"), half, root / "half")]

@@ -21,11 +21,12 @@ DIM, ALPHA = 4, 6
 
 @contextmanager
 def without_transformer_engine() -> Iterator[None]:
-    """NeMo 2.7.3 asks of each module whether it is Transformer Engine's ``Linear``, installed or not
-    (``collections/llm/peft/lora.py:514``)."""
-    from nemo.collections.llm.peft import lora
+    """NeMo 2.7.3 asks of each module whether it is one of Transformer Engine's, installed or not
+    (``collections/llm/peft/lora.py:703``, ``utils.py:77``)."""
+    from nemo.collections.llm.peft import lora, utils
 
-    with mock.patch.object(lora, "te", SimpleNamespace(Linear=type("Linear", (), {}))):
+    nobodys = SimpleNamespace(Linear=type("Linear", (), {}))
+    with mock.patch.object(lora, "te", nobodys), mock.patch.object(utils, "HAVE_TE", False):
         yield
 
 
@@ -36,6 +37,8 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
     from nemo.lightning.io.pl import TrainerContext
 
+    from nemo_qwen_hidden.parallel.host import training_on_host
+
     torch.manual_seed(5)
     callbacks = [
         LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, lora_B_init_method="normal")
@@ -43,9 +46,10 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
     ]
     with without_transformer_engine(), trainer_of(rank, job, folder, callbacks) as (trainer, model, data):
         if callbacks:
-            model.model_transform = model.__io__.model_transform = callbacks[0]
+            model.model_transform, model.__io__.model_transform = callbacks[0], callbacks[0].__io__
         trainer.fit(model, data)
-        trainer.save_checkpoint(to)
+        with training_on_host():
+            trainer.save_checkpoint(to)
         if rank.rank == 0:
             TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(to), yaml_attrs=["model"])
         dist.barrier()
@@ -63,6 +67,7 @@ def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> None:
 def lora_applied(rank: Rank, folder: Path, adapter: Path, batch: Batch, points: Sequence[str]) -> Any:
     """States of a model with NeMo's LoRA modules put in, filled from the adapter's checkpoint by Megatron."""
     from megatron.core import dist_checkpointing
+    from nemo.collections.llm import fn
     from nemo.collections.llm.peft import LoRA
 
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
@@ -73,7 +78,7 @@ def lora_applied(rank: Rank, folder: Path, adapter: Path, batch: Batch, points: 
     with process_groups(Topology(), rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
         with without_transformer_engine(), megatron_on_host():
-            LoRA(dim=DIM, alpha=ALPHA, lora_B_init_method="normal")(model)
+            fn.walk(model.module, LoRA(dim=DIM, alpha=ALPHA, lora_B_init_method="normal").transform)
             everything = model.module.sharded_state_dict(prefix="module.module.")
             wanted = {name: entry for name, entry in everything.items() if ".adapter." in name and "_extra" not in name}
             loaded = dist_checkpointing.load(wanted, str(adapter / "weights"))
