@@ -28,8 +28,8 @@ _SPAN = re.compile(r"(-?\d+)?:(-?\d+)?", re.ASCII)
 class ModelSettings:
     """path: a Hugging Face folder or hub id, or a NeMo 2 checkpoint; None stands for the embedded demo model.
 
-    adapter: a NeMo checkpoint of a LoRA adapter, merged into the weights. tokenizer: a folder or hub id with the tokenizer;
-    None stands for the model's own.
+    adapter: a NeMo checkpoint of a LoRA adapter, merged into the weights. tokenizer: a folder or hub id with the
+    tokenizer; None stands for the model's own.
     """
 
     path: str | None = None

@@ -37,6 +37,7 @@ DTYPES = {  # of torch: of safetensors
     "float8_e5m2": "F8_E5M2",
 }
 _CLASSES = {
+    "pathlib": ("PosixPath", "WindowsPath"),
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -48,8 +49,13 @@ _CLASSES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.planner": ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem")
-    + ("WriteItemType",),
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
 }
 
 
@@ -211,7 +217,9 @@ def _tensors(metadata: Any) -> Iterator[tuple[str, Stored]]:
 
 def _chunk(name: str, record: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> Chunk:
     offsets, sizes = _sizes(record.offsets), _sizes(record.sizes)
-    info = places[name, offsets]
+    info = places.get((name, offsets))
+    if info is None:
+        raise ValueError(f"the block of {name} at {list(offsets)} is nowhere")
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"the bytes of {name} are transformed ({info.transform_descriptors})")
     start, length = _sizes((info.offset, info.length))

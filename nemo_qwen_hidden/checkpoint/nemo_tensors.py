@@ -8,7 +8,7 @@ have Transformer Engine's names, whatever wrote them (``sharded_state_dict_keys_
 import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -44,7 +44,7 @@ class _Source:
 
     name: str
     layer: int | None = None
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
     projection: str | None = None
 
 

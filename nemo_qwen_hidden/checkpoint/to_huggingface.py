@@ -1,4 +1,4 @@
-"""A NeMo checkpoint written as a Hugging Face folder, a few gigabytes at a time; neither NeMo nor transformers is needed.
+"""A NeMo checkpoint written as a Hugging Face folder, a few gigabytes at a time, without NeMo or transformers.
 
 NeMo 2.7.3's own exporter (``collections/llm/gpt/model/qwen2.py: HFQwen2Exporter``) leaves out the norms where there is
 no Transformer Engine, and builds objects from the checkpoint's context.
@@ -115,7 +115,9 @@ def _copied_generation(source: Path, to: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError("SOURCE", f"must have a readable {_GENERATION} in its context ({error})", str(file)) from None
+        raise CheckpointError(
+            "SOURCE", f"must have a readable {_GENERATION} in its context ({error})", str(file)
+        ) from None
     return dict(found) if isinstance(found, dict) else {}
 
 

@@ -10,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.transformer.spec_utils import build_module
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
-
 from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture

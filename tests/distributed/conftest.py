@@ -1,5 +1,6 @@
 """Checkpoints that NeMo's Trainer writes once for all tests."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.data.conftest import write_tokenizer
 from tests.support.models import Tiny, save_tiny
 
 
@@ -25,7 +27,6 @@ class NemoFolders:
 
 @pytest.fixture(scope="session")
 def nemo_folders(tmp_path_factory: pytest.TempPathFactory) -> NemoFolders:
-    from nemo_qwen_hidden import demo
     from nemo_qwen_hidden.parallel.launch import run_ranks
     from nemo_qwen_hidden.topology import Topology
     from tests.support.nemo import written
@@ -34,10 +35,11 @@ def nemo_folders(tmp_path_factory: pytest.TempPathFactory) -> NemoFolders:
     root = tmp_path_factory.mktemp("nemo")
     tiny = Tiny(layers=5, groups=2, tied=False)
     folder = save_tiny(root / "huggingface", tiny, vocab_size=VOCAB)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(demo.model_folder() / name, folder)
+    write_tokenizer(folder)
     half = Path(shutil.copytree(folder, root / "half_huggingface"))
     weights = half / "model.safetensors"
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     still = Job(topology=Topology(tp=2, pp=2), steps=1, lr=0.0)
     lora = Job(topology=Topology(tp=2, pp=2), steps=2, lr=1e-2)

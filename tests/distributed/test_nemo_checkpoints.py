@@ -85,7 +85,9 @@ def test_an_adapter_is_added_in_fp32_and_rounded_once(nemo_folders: NemoFolders,
     for _, wide, rounded in found:
         plain = open_weights(nemo_folders.nemo, read_architecture(folder)).stored
         for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
-            down, up = (stored.read(names[f"{linear}.adapter.linear_{side}.weight"], slice(1, 2))[0] for side in ("in", "out"))
+            down, up = (
+                stored.read(names[f"{linear}.adapter.linear_{side}.weight"], slice(1, 2))[0] for side in ("in", "out")
+            )
             base = plain.read(f"module.module.decoder.layers.{linear}.weight", slice(1, 2))[0]
             expected = base.numpy() + (up.numpy() @ down.numpy()) * np.float32(6 / 4)
             parameter = f"module.decoder.layers.1.{linear}.weight"

@@ -55,11 +55,37 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
         dist.barrier()
 
 
+def _may_have_children() -> None:
+    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
+    a rank, being one that ends with its parent, may not start."""
+    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
+def converted(rank: Rank, source: Path, target: Path) -> Any:
+    """What ``convert`` says that it did; here, because NeMo is imported already."""
+    from nemo_qwen_hidden.conversion import convert
+
+    _may_have_children()
+    return convert(str(source), str(target))
+
+
+def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
+    """``llm.import_ckpt`` of NeMo itself, once our importer is registered."""
+    from nemo.collections import llm
+    from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config, Qwen2Model
+
+    from nemo_qwen_hidden.training.importer import register_importer
+    from nemo_qwen_hidden.training.ranks import as_if_torchrun
+
+    _may_have_children()
+    register_importer()
+    with mock.patch.dict("os.environ"), as_if_torchrun(rank):
+        llm.import_ckpt(Qwen2Model(Qwen2Config(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)), f"hf://{source}", output_path=target)
+
+
 def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> None:
     """``trained`` several times on the same ranks."""
-    # Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
-    # a rank, being one that ends with its parent, may not start.
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    _may_have_children()
     for each in work:
         trained(rank, *each)
 
@@ -108,4 +134,3 @@ def merged(
             found.append(({point: values.numpy() for point, values in states.items()}, wide, rounded))
         dist.barrier()
     return found
-
