@@ -59,7 +59,7 @@ def report(overrides: Sequence[str], rounds: int, folder: Path) -> None:
         "python -c pass": ["-c", "pass"],
         "import nemo_qwen_hidden": ["-c", "import nemo_qwen_hidden"],
         "open_store": ["-c", f"from nemo_qwen_hidden import open_store; open_store({str(store)!r})"],
-        "of which torch": ["-c", "import torch"],
+        "torch, for the first states": ["-c", "import torch"],
         "--help": ["-m", "nemo_qwen_hidden", "--help"],
         "a setting that is wrong": ["-m", "nemo_qwen_hidden", "extract", "store.path=x", "parallel.tq=2"],
         "import NeMo and Megatron": ["-c", NEMO],

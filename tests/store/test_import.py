@@ -23,7 +23,7 @@ print(*sorted(heavy & set(sys.modules)))
         ("import nemo_qwen_hidden", ""),
         ("import nemo_qwen_hidden; nemo_qwen_hidden.HookPoint", ""),
         ("from nemo_qwen_hidden.store.write import session; from nemo_qwen_hidden.store.read import tokens", "numpy"),
-        ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store.read import describe", "numpy torch"),
+        ("from nemo_qwen_hidden import open_store; from nemo_qwen_hidden.store.read import describe", "numpy"),
         ("from nemo_qwen_hidden.store.write import writer", "numpy torch"),
         ("from nemo_qwen_hidden import RowBatches, DocumentBatches, BatchLoader", "numpy torch"),
         ("from nemo_qwen_hidden.cli.main import main", ""),
@@ -57,10 +57,11 @@ def test_what_cannot_be_done_is_said_without_torch(override: str) -> None:
     assert {"torch", "nemo", "megatron", "transformers"}.isdisjoint(python(LOADED.format(statement))[-1].split())
 
 
-def test_opening_a_store_loads_no_more_than_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("then", "loaded"), [("", "numpy"), ("['resid_post@3'][:1]", "numpy torch")])
+def test_opening_a_store_waits_for_torch_until_states_are_read(tmp_path: Path, then: str, loaded: str) -> None:
     make_store(tmp_path / "store")
-    found = python(LOADED.format(f"from nemo_qwen_hidden import open_store; open_store({str(tmp_path / 'store')!r})"))
-    assert found == ["numpy torch"]
+    opened = f"open_store({str(tmp_path / 'store')!r}){then}"
+    assert python(LOADED.format(f"from nemo_qwen_hidden import open_store; {opened}")) == [loaded]
 
 
 def test_public_names() -> None:

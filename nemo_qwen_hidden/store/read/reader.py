@@ -1,18 +1,17 @@
 """Reads a store: opens without touching a shard, opens shards when states in them are asked for, copies only those.
 
-Needs neither NeMo nor Megatron. Legend: N rows of the store, K of them with a state, n states asked for, H numbers in
-each.
+Needs neither NeMo nor Megatron, and torch only once states are read. Legend: N rows of the store, K of them with a
+state, n states asked for, H numbers in each.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError, StoreNotFoundError
@@ -23,15 +22,17 @@ from nemo_qwen_hidden.store.folder import describe_marker
 from nemo_qwen_hidden.store.format import MANIFEST, MARKER
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.norm_file import EPSILON, WEIGHT
-from nemo_qwen_hidden.store.read.mapped import MappedShards
 from nemo_qwen_hidden.store.read.rows import Rows, Several, resolve
 from nemo_qwen_hidden.store.read.source import Folder, Source
-from nemo_qwen_hidden.store.read.stored import ShardReader, check_shard
 from nemo_qwen_hidden.store.read.tokens import TokenTable
-from nemo_qwen_hidden.store.read.views import HookPointView
 from nemo_qwen_hidden.store.shard import DIVISOR
 from nemo_qwen_hidden.store.statistics import Statistics, merge
-from nemo_qwen_hidden.store.tensors import read_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_qwen_hidden.store.read.stored import ShardReader
+    from nemo_qwen_hidden.store.read.views import HookPointView
 
 _MOST_BYTES = 1 << 62  # offsets stay within int64
 
@@ -60,13 +61,13 @@ def open_store(path: str | os.PathLike[str], storage_options: Mapping[str, Any] 
         source = open_url(path, storage_options or {})
         if not isinstance(source, Folder):
             manifest = _manifest(source)
-            return Store(path, source, manifest, RemoteShards(source, manifest), options=storage_options)
+            return Store(path, source, manifest, partial(RemoteShards, source, manifest), options=storage_options)
         path = source.path
     elif storage_options:
         raise StoreError("storage_options", "must be given with a URL alone", sorted(storage_options))
     folder = Folder(Path(path))
     manifest = _manifest(folder)
-    return Store(folder.path, folder, manifest, MappedShards(folder.path, manifest))
+    return Store(folder.path, folder, manifest, partial(_mapped_shards, folder.path, manifest))
 
 
 class Store:
@@ -81,12 +82,12 @@ class Store:
         path: Path | str,
         source: Source,
         manifest: Manifest,
-        shards: ShardReader,
+        open_shards: "Callable[[], ShardReader]",
         *,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.manifest, self.tokens = path, manifest, TokenTable(source, manifest.parts)
-        self._source, self._shards, self._options = source, shards, options
+        self._source, self._open_shards, self._options = source, open_shards, options
         self._numbers = {str(point): number for number, point in enumerate(manifest.points)}
         self._statistics: dict[int, Statistics] = {}
 
@@ -116,12 +117,16 @@ class Store:
         return self.manifest.hidden_size
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """What states are read as: the stored dtype, or float32 where that is int8."""
+        from nemo_qwen_hidden.store.tensors import read_dtype
+
         return read_dtype(self.manifest.dtype)
 
-    def __getitem__(self, hook_point: str | HookPoint) -> HookPointView:
+    def __getitem__(self, hook_point: str | HookPoint) -> "HookPointView":
         """The states at one hook point, [K, H], not read yet; UnknownHookPointError where the store lacks it."""
+        from nemo_qwen_hidden.store.read.views import HookPointView
+
         return HookPointView(self, self.manifest.hook_points[self._number(hook_point)])
 
     def __contains__(self, hook_point: object) -> bool:
@@ -148,8 +153,8 @@ class Store:
         return self.tokens.state_of_rows(rows)
 
     def read(
-        self, states: Rows, hook_points: Iterable[str | HookPoint | HookPointView] | None = None
-    ) -> dict[str, torch.Tensor]:
+        self, states: Rows, hook_points: "Iterable[str | HookPoint | HookPointView] | None" = None
+    ) -> "dict[str, torch.Tensor]":
         """The same states at several hook points, at all of them by default: [n, H] of each by name, [H] for an int.
 
         Args:
@@ -162,8 +167,12 @@ class Store:
         views = self.views(hook_points)
         return dict(zip(views, self.read_views(states, list(views.values())), strict=True))
 
-    def views(self, hook_points: Iterable[str | HookPoint | HookPointView] | None = None) -> dict[str, HookPointView]:
+    def views(
+        self, hook_points: "Iterable[str | HookPoint | HookPointView] | None" = None
+    ) -> "dict[str, HookPointView]":
         """Views by the name of their hook point, of all by default; raises as ``read`` does."""
+        from nemo_qwen_hidden.store.read.views import HookPointView
+
         asked = self.hook_points if hook_points is None else hook_points
         views = [point if isinstance(point, HookPointView) else self[point] for point in asked]
         named = {str(view.hook_point): view for view in views}
@@ -173,7 +182,7 @@ class Store:
             raise ValueError(f"a view of another store cannot be read from {self.path}")
         return named
 
-    def read_views(self, states: Rows, views: Sequence[HookPointView]) -> list[torch.Tensor]:
+    def read_views(self, states: Rows, views: "Sequence[HookPointView]") -> "list[torch.Tensor]":
         """The same states of several views, each [n, H], or [H] for an int."""
         chosen = self._chosen(states)
         numbers = [self._numbers[str(view.hook_point)] for view in views]
@@ -186,13 +195,17 @@ class Store:
         values = [view.finish(stored.decoded(), chosen) for view, stored in zip(views, found, strict=True)]
         return [value[0] for value in values] if isinstance(chosen, int) else values
 
-    def divisor(self, hook_point: str | HookPoint, states: Rows) -> torch.Tensor:
+    def divisor(self, hook_point: str | HookPoint, states: Rows) -> "torch.Tensor":
         """fp32 [n], or a scalar for an int: what the final norm divided each of these states by: sqrt(mean(x**2) + eps)
         of the state x before it.
 
         Raises:
             StoreError: the hook point was stored without it; or a shard is not what the manifest says.
         """
+        import torch
+
+        from nemo_qwen_hidden.store.read.stored import check_shard
+
         number = self._number(hook_point)
         entry = self.manifest.hook_points[number]
         if not entry.divisor:
@@ -230,7 +243,7 @@ class Store:
         return self._statistics[number]
 
     @cached_property
-    def final_norm(self) -> tuple[torch.Tensor, float]:
+    def final_norm(self) -> "tuple[torch.Tensor, float]":
         """Weight, fp32 [H], and epsilon of the model's final RMSNorm.
 
         Raises:
@@ -241,7 +254,9 @@ class Store:
             raise StoreError("final_norm", "must be known to the store", str(self.path))
         return self._final_norm(entry)
 
-    def _final_norm(self, entry: FileEntry) -> tuple[torch.Tensor, float]:
+    def _final_norm(self, entry: FileEntry) -> "tuple[torch.Tensor, float]":
+        import torch
+
         file = self._source.name(entry.file)
         header, tensors = self._source.tensors(entry.file)
         layout = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
@@ -257,6 +272,10 @@ class Store:
         if not 0 <= eps < 1:
             raise StoreError(f"{file}: {EPSILON}", "must be a number from 0 to 1", text)
         return torch.from_numpy(np.array(tensors[WEIGHT])), eps
+
+    @cached_property
+    def _shards(self) -> "ShardReader":
+        return self._open_shards()
 
     def _chosen(self, states: Rows) -> int | range | NDArray[np.int64]:
         return resolve(states, self.states, "row" if self.tokens.full else "state")
@@ -313,7 +332,7 @@ class StoredDocument:
         """The number of its tokens."""
         return len(self.rows)
 
-    def __getitem__(self, hook_point: str | HookPoint) -> torch.Tensor:
+    def __getitem__(self, hook_point: str | HookPoint) -> "torch.Tensor":
         """[kept tokens, H]; UnknownHookPointError where the store lacks the hook point."""
         return self.store[hook_point][self.states]
 
@@ -321,6 +340,12 @@ class StoredDocument:
         rows = f"rows {self.rows.start} to {self.rows.stop - 1}" if self.rows else "no rows"
         rows += "" if self.store.tokens.full else f" ({len(self.states)} kept)"
         return f"StoredDocument({self.index}: {self.id!r}, {rows}, from {self.source!r})"
+
+
+def _mapped_shards(folder: Path, manifest: Manifest) -> "ShardReader":
+    from nemo_qwen_hidden.store.read.mapped import MappedShards
+
+    return MappedShards(folder, manifest)
 
 
 def _manifest(source: Source) -> Manifest:
