@@ -28,9 +28,15 @@ _SPAN = re.compile(r"(-?\d+)?:(-?\d+)?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """path: a Hugging Face folder or hub id; None stands for the embedded demo model."""
+    """path: a Hugging Face folder or hub id, or a NeMo 2 checkpoint; None stands for the embedded demo model.
+
+    adapter: a NeMo checkpoint of a LoRA adapter, merged into the weights. tokenizer: a folder or hub id with the
+    tokenizer; None stands for the model's own.
+    """
 
     path: str | None = None
+    adapter: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden import demo
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import BYTES, MEANS, ParallelSettings, Settings, check
 from nemo_qwen_hidden.data.sources import check_path, read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, tokenize
@@ -114,6 +115,22 @@ class Job(Outline):
 
     model_folder: Path
     data_path: str
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter; None where there is none."""
+        path = self.settings.model.adapter
+        return None if path is None else Path(path).expanduser()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer.
+
+        Raises:
+            CheckpointError: none is named, or it is on the hub and cannot be fetched.
+        """
+        named = self.settings.model.tokenizer
+        return tokenizer_folder(self.model_folder) if named is None else locate(named, "model.tokenizer")
 
     @property
     def store_path(self) -> Path:
@@ -229,7 +246,9 @@ def prepare(settings: Settings, *, world: int | None, for_store: bool, machine: 
     check(settings)
     folder = locate(settings.model.path)
     seen = outline(settings, read_architecture(folder), world=world, machine=machine)
-    TensorFiles.of(folder).check(seen.architecture.shape)
+    open_weights(folder, seen.architecture)
+    if settings.model.adapter is not None:
+        Adapter.of(settings.model.adapter, seen.architecture.shape)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     reads_data = settings.store.add != "hook_points"
     if reads_data:

@@ -54,7 +54,7 @@ def make_part(job: Job, folder: Path, number: int, norms: Norms | None = None) -
 
     def tokenizer() -> Tokenizer:
         if not used:
-            used.append(load_tokenizer(job.model_folder))
+            used.append(load_tokenizer(job.tokenizer_folder))
         return used[0]
 
     tokens = job.settings.tokens
@@ -136,8 +136,8 @@ def state_counts(job: Job) -> Iterator[tuple[int, int, int]]:
     """Of each document of a job its tokens, its windows, and how many states it would have, for a preview. Rows that
     are left out for their norm, and what a draw of the whole data leaves, are known only when the job runs."""
     tokens = job.settings.tokens
-    selector = None if keeps_everything(tokens) else Selector(tokens, lambda: load_tokenizer(job.model_folder))
-    for document in job.documents(lambda: load_tokenizer(job.model_folder)):
+    selector = None if keeps_everything(tokens) else Selector(tokens, lambda: load_tokenizer(job.tokenizer_folder))
+    for document in job.documents(lambda: load_tokenizer(job.tokenizer_folder)):
         length = len(document.token_ids)
         kept = length if selector is None else len(_listed(selector.kept(document), length))
         states = min(kept, 1) if tokens.pool in MEANS else kept

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_qwen_hidden import __version__
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight, weights_sha256
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.norm_file import norm_file
@@ -19,11 +20,11 @@ PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetenso
 
 
 def model_of(job: Job) -> dict[str, Any]:
-    """The manifest's ``model``. Reads all weights."""
+    """The manifest's ``model``. Reads all weights, and the adapter's."""
     architecture = job.architecture
-    return {
+    found: dict[str, Any] = {
         "path": job.settings.model.path or "embedded demo model",
-        "weights_sha256": weights_sha256(TensorFiles.of(job.model_folder)),
+        "weights_sha256": weights_sha256(open_weights(job.model_folder, job.architecture)),
         "architecture": {
             **vars(architecture.shape),
             "rotary_base": architecture.rotary_base,
@@ -32,11 +33,20 @@ def model_of(job: Job) -> dict[str, Any]:
         },
         "config": dict(architecture.config),
     }
+    if job.adapter_folder is not None:
+        adapter = Adapter.of(job.adapter_folder, architecture.shape)
+        found["adapter"] = {
+            "path": job.settings.model.adapter,
+            "sha256": adapter.sha256,
+            "dim": adapter.dim,
+            "alpha": adapter.alpha,
+        }
+    return found
 
 
 def norm_file_of(job: Job) -> bytes:
     """The store's file with the weight of the final norm."""
-    return norm_file(final_norm_weight(TensorFiles.of(job.model_folder)), job.architecture.norm_epsilon)
+    return norm_file(final_norm_weight(open_weights(job.model_folder, job.architecture)), job.architecture.norm_epsilon)
 
 
 def producer_of(job: Job, work: str, started: float) -> dict[str, Any]:

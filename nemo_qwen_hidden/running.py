@@ -112,6 +112,7 @@ def load_model(job: Job, groups: "ProcessGroups") -> "Qwen2HiddenModel":
         num_layers=job.num_layers,
         final_norm=job.final_norm,
         split=job.split,
+        adapter=job.adapter_folder,
     )
 
 

@@ -40,6 +40,7 @@ def check_settings(
     settings, where = job.settings, _where(job, found)
     expected = [
         ("model.path", "weights of sha256 {}", store.model.get("weights_sha256"), model["weights_sha256"]),
+        ("model.adapter", "{}", _adapter(store.model), _adapter(model)),
         ("model.path", "a config.json with {}", store.model.get("architecture"), model["architecture"]),
         ("precision.compute", "{}", store.compute_dtype, settings.precision.compute),
         ("precision.stored", "{}", store.stored_dtype, settings.stored_dtype),
@@ -173,6 +174,11 @@ def _where(job: Job, found: Found) -> str:
 def _asked_heads(job: Job) -> tuple[int, ...] | None:
     """None where all are asked for."""
     return None if len(job.heads) == job.architecture.shape.num_heads else job.heads
+
+
+def _adapter(model: Mapping[str, Any]) -> str:
+    adapter = model.get("adapter")
+    return "null" if not isinstance(adapter, Mapping) else f"an adapter of sha256 {adapter.get('sha256')}"
 
 
 def _heads(heads: Sequence[int] | None) -> object:

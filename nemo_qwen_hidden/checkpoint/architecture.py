@@ -1,4 +1,4 @@
-"""What ``config.json`` says, and whether this package reproduces such a model exactly."""
+"""What a model folder says of its architecture, and whether this package reproduces such a model exactly."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_qwen_hidden.checkpoint import nemo_context
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError
 from nemo_qwen_hidden.plan.footprint import DecoderShape
 
@@ -16,7 +17,8 @@ class Architecture:
 
     tied: the output layer shares the embedding table. rotary_base: theta of the rotary embedding. norm_epsilon: added
     to the mean square in each RMSNorm. max_positions: tokens that the model was made for. sliding_window: tokens
-    that each token can see, None for all before it. config: config.json as read.
+    that each token can see, None for all before it. config: config.json as read, or what it
+    would be for a NeMo checkpoint.
     """
 
     shape: DecoderShape
@@ -40,12 +42,16 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Reads and checks ``config.json``.
+    """Reads and checks ``config.json``, or the context of a NeMo checkpoint.
 
     Raises:
-        CheckpointError: no readable config.json, or a field missing or of the wrong type.
+        CheckpointError: neither can be read, or a field is missing or of the wrong type.
         UnsupportedModelError: a model that would not be reproduced exactly; says which field is the reason.
     """
+    return architecture_of(nemo_context.read_config(folder) if nemo_context.is_nemo(folder) else _config_json(folder))
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -55,11 +61,16 @@ def read_architecture(folder: Path) -> Architecture:
         raise CheckpointError("model.path", f"must have a readable config.json ({error})", str(folder)) from None
     if not isinstance(config, dict):
         raise CheckpointError("model.path", "must have a config.json with an object in it", str(folder))
-    return architecture_of(config)
+    return config
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """Of what config.json holds; raises as ``read_architecture`` does."""
+    """Of what config.json holds.
+
+    Raises:
+        CheckpointError: a field is missing or of the wrong type.
+        UnsupportedModelError: a model that would not be reproduced exactly; says which field is the reason.
+    """
     _refuse_unsupported(config)
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     groups = _size(config, "num_key_value_heads", heads)

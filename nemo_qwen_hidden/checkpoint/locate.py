@@ -11,7 +11,7 @@ ANSWER_SECS = 10.0
 _WANTED = ("*.json", "*.safetensors", "merges.txt", "vocab.json")
 
 
-def locate(path: str | None) -> Path:
+def locate(path: str | None, setting: str = "model.path") -> Path:
     """The folder of the model: the embedded one for None, a folder as it is, a hub id from the hub or its cache.
 
     Raises:
@@ -23,13 +23,12 @@ def locate(path: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(path):
-        raise CheckpointError(
-            "model.path", "must be a folder with config.json, or a hub id such as `Qwen/Qwen2.5-0.5B`", path
-        )
-    return _from_hub(path)
+        rule = "must be a folder with config.json, or a hub id such as `Qwen/Qwen2.5-0.5B`"
+        raise CheckpointError(setting, rule, path)
+    return _from_hub(path, setting)
 
 
-def _from_hub(hub_id: str) -> Path:
+def _from_hub(hub_id: str, setting: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -46,7 +45,7 @@ def _from_hub(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (OSError, HFValidationError) as error:
         rule = f"must be an existing folder or a hub id that can be fetched ({_reason(error)})"
-        raise CheckpointError("model.path", rule, hub_id) from error
+        raise CheckpointError(setting, rule, hub_id) from error
 
 
 def _reason(error: OSError | ValueError) -> str:

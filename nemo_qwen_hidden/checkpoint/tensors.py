@@ -1,11 +1,12 @@
 """The tensors of a folder: which file holds each, its shape, and reading a slice of it."""
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError
 from nemo_qwen_hidden.plan.footprint import DecoderShape
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDING, FINAL_NORM, OUTPUT = "embed_tokens.weight", "norm.weight", "lm_head.weight"
-_FLOATS = ("F32", "BF16", "F16")
+FLOATS = ("F32", "BF16", "F16")
 _PREFIX = "model."
+_LENGTH_BYTES = 8
 _DERIVED = "rotary_emb.inv_freq"  # saved by old releases of transformers, computed by everyone
 
 
@@ -38,6 +40,15 @@ def expected_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
             of_layer[f"self_attn.{name}_proj.bias"] = (rows,)
         expected |= {f"layers.{layer}.{name}": size for name, size in of_layer.items()}
     return expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """A tensor as a safetensors file holds it: dtype by that format's names, shape, bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
 
 
 @dataclass(frozen=True)
@@ -115,14 +126,40 @@ class TensorFiles:
                 f"must have shape {list(size)} by config.json",
                 list(found.get_shape()),
             )
-        if found.get_dtype() not in _FLOATS:
+        if found.get_dtype() not in FLOATS:
             raise UnsupportedModelError(
-                f"model.path: {self.full_name(name)}", f"must be one of {', '.join(_FLOATS)}", found.get_dtype()
+                f"model.path: {self.full_name(name)}", f"must be one of {', '.join(FLOATS)}", found.get_dtype()
             )
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors, without ``model.``."""
+        return self.files.keys()
+
+    def raw(self) -> Callable[[str], Raw]:
+        """Maps the files, and gives the bytes of each tensor. Whether they are whole was checked with the index."""
+        contents = {name: _mapped(self.folder / name) for name in sorted(set(self.files.values()))}
+
+        def read(name: str) -> Raw:
+            data, header = contents[self.files[name]]
+            entry = header[self.full_name(name)]
+            start, stop = entry["data_offsets"]
+            return Raw(dtype=entry["dtype"], shape=tuple(entry["shape"]), data=data[start:stop])
+
+        return read
 
     def reader(self) -> "TensorReader":
         """Opens the files for reading slices; a context manager."""
         return TensorReader(self)
+
+
+class Reader(Protocol):
+    """Reads parts of tensors by Hugging Face's names, without ``model.``."""
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> "torch.Tensor":
+        """Rows (and columns, of a matrix) of a tensor."""
+
+    def __contains__(self, name: str) -> bool: ...
 
 
 class TensorReader:
@@ -164,6 +201,14 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(
             "model.path", f"must have an index with a `weight_map` of names to files ({error})", str(index)
         ) from None
+
+
+def _mapped(path: Path) -> tuple[memoryview, dict[str, Any]]:
+    """A file's data, and its header."""
+    with open(path, "rb") as file:
+        contents = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    length = int.from_bytes(contents[:_LENGTH_BYTES], "little")
+    return contents[_LENGTH_BYTES + length :], json.loads(bytes(contents[_LENGTH_BYTES : _LENGTH_BYTES + length]))
 
 
 def _open_numpy(file: Path) -> Any:

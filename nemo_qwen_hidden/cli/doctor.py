@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.cli.fault import fault_line, one_says, saying_at_once
 from nemo_qwen_hidden.cli.terminal import Terminal
 from nemo_qwen_hidden.config import ModelSettings, Settings
@@ -109,25 +110,36 @@ def at_a_store(path: str, settings: Settings, *, documents: int, tokens: int) ->
         UserError: it cannot be read, or the model cannot.
     """
     if replace(settings, model=ModelSettings()) != Settings():
-        raise ConfigError("--against", "must stand with no setting but `model.path`: nothing is run in a layout", path)
+        raise ConfigError(
+            "--against",
+            "must stand with no setting but `model.path` and `model.adapter`: nothing is run in a layout",
+            path,
+        )
     place = Path(path).expanduser()
     if foreign.is_foreign(place):
         folder = locate(settings.model.path)
         architecture = read_architecture(folder)
-        TensorFiles.of(folder).check(architecture.shape)
+        open_weights(folder, architecture)
         count = architecture.shape.num_layers
         observation = foreign.observe(place, num_layers=count, documents=documents, tokens=tokens)
         subject = [("states", str(place))]
-        return _report(subject, folder, observation, architecture, [], [])
+        return _report(subject, folder, observation, architecture, [], [], adapter=_adapter(settings.model.adapter))
     store = open_store(path)
     named = store.manifest.model.get("path")
     path_there = named if isinstance(named, str) and named != "embedded demo model" else None
     folder = locate(settings.model.path or path_there)
     architecture = read_architecture(folder)
-    TensorFiles.of(folder).check(architecture.shape)
+    weights = open_weights(folder, architecture)
     observation = stored.observe(store, documents=documents, tokens=tokens)
-    check, findings = stored.same_weights(store, folder)
-    return _report([("store", str(path))], folder, observation, architecture, [check], findings)
+    check, findings = stored.same_weights(store, folder, weights)
+    merged = store.manifest.model.get("adapter") or {}
+    adapter = _adapter(settings.model.adapter or merged.get("path"))
+    subject = [("store", str(path))]
+    return _report(subject, folder, observation, architecture, [check], findings, adapter=adapter)
+
+
+def _adapter(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
 
 
 def _report(
@@ -137,10 +149,14 @@ def _report(
     architecture: Architecture,
     checks: Sequence[Check],
     findings: Sequence[Finding],
+    *,
+    adapter: Path | None,
 ) -> Report:
     dtypes = f"{observation.compute}, stored in {observation.stored}"
     about = [*subject, ("model", str(folder)), ("dtype", dtypes), ("documents", visit.described(observation.passages))]
-    return check_up(observation, folder, architecture, subject=about, checks=checks, findings=findings)
+    if adapter is not None:
+        Adapter.of(adapter, architecture.shape)
+    return check_up(observation, folder, architecture, adapter=adapter, subject=about, checks=checks, findings=findings)
 
 
 def show(report: Report, terminal: Terminal) -> None:

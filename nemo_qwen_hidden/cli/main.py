@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.cli import PROGRAM, drift
+from nemo_qwen_hidden.cli.convert import add_command as add_convert
 from nemo_qwen_hidden.cli.plan_options import add_options
 from nemo_qwen_hidden.cli.store_commands import add_commands
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
@@ -48,7 +49,8 @@ that verify or doctor found, 2 something asked for cannot be done,
 
 _SETTINGS = """\
 most used settings (--settings lists all, with their defaults and presets):
-  model.path=FOLDER_OR_HUB_ID    a Qwen2 or Qwen2.5; else the embedded one
+  model.path=FOLDER_OR_HUB_ID    a Qwen2 or Qwen2.5, of Hugging Face or NeMo 2;
+                                 else the embedded one
   data.path=FILE_FOLDER_OR_GLOB  text, JSONL, Parquet; else the embedded text
   capture.hook_points='[embed,resid_post@12,resid_post@-1,final_norm]'
                                  resid_post@i is the residual stream after layer
@@ -223,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--documents", type=_at_least_one, default=8, metavar="N", help="look at N documents (8)")
     doctor.add_argument("--tokens", type=_at_least_one, default=128, metavar="N", help="and the first N tokens (128)")
     doctor.add_argument("--json", action="store_true", help="the report for programs: JSON on stdout")
+    add_convert(partial(_command, commands))
     add_commands(partial(_command, commands))
     drift.add_command(partial(_command, commands))
     return parser

@@ -157,6 +157,7 @@ def _origin_facts(described: Mapping[str, Any]) -> Facts:
     facts = {
         "model": model.get("path"),
         "weights sha256": _short(model.get("weights_sha256")),
+        "adapter": _adapter(model.get("adapter")),
         "architecture": _architecture(config) if config else None,
         "data": data.get("path") if one else None,
         "data sha256": _short(data.get("sha256")) if one else None,
@@ -234,6 +235,10 @@ def _value_row(point: Mapping[str, Any], known: Any) -> tuple[str, ...]:
 
 def _percent(part: float) -> str:
     return f"{100 * part:.2g} %"
+
+
+def _adapter(adapter: Mapping[str, Any] | None) -> str | None:
+    return None if adapter is None else f"{adapter.get('path')}, sha256 {_short(adapter.get('sha256'))}"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -1,14 +1,15 @@
 """A whole check-up: the algebra of an observation, its comparison with transformers, and what is wrong with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nemo_qwen_hidden.checkpoint.architecture import Architecture
 from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.doctor import algebra
 from nemo_qwen_hidden.doctor.compare import Comparison, compare
 from nemo_qwen_hidden.doctor.diagnose import DESCRIBED, Diagnosis
@@ -26,6 +27,7 @@ def check_up(
     folder: Path,
     architecture: Architecture,
     *,
+    adapter: Path | None = None,
     subject: Sequence[tuple[str, str]],
     checks: Sequence[Check] = (),
     findings: Sequence[Finding] = (),
@@ -37,17 +39,17 @@ def check_up(
     count = architecture.shape.num_layers
     states = {point: observation.states[point] for point in by_depth(observation.states, count)}
     observation = replace(observation, states=states)
-    weight = torch.from_numpy(final_norm_weight(TensorFiles.of(folder)).copy())
+    weight = torch.from_numpy(final_norm_weight(open_weights(folder, architecture)).copy())
     norm = algebra.FinalNorm(weight=weight, epsilon=architecture.norm_epsilon)
     made = [*checks, *algebra.checks(observation, num_layers=count, norm=norm)]
     found, notes = list(findings), list[str]()
     try:
-        reference = Reference(folder)
+        reference = Reference(folder, adapter=adapter)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         made.append(Check(name=TRANSFORMERS, status=SKIPPED, detail=f"it cannot load the model: {reason}"))
     else:
-        check, more, noted = _against(reference, folder, observation)
+        check, more, noted = _against(reference, partial(Reference, folder, adapter=adapter), observation)
         made.append(check)
         # what ranks have seen of each other says more than a description of what came of it
         found += [each for each in more if not found or each.fault not in (*DESCRIBED, *(f.fault for f in found))]
@@ -60,14 +62,16 @@ def check_up(
     return Report(subject=tuple(subject), checks=tuple(made), findings=tuple(found), notes=tuple(notes))
 
 
-def _against(reference: Reference, folder: Path, observation: Observation) -> tuple[Check, list[Finding], list[str]]:
+def _against(
+    reference: Reference, load: Callable[..., Reference], observation: Observation
+) -> tuple[Check, list[Finding], list[str]]:
     truth = reference.run(observation, observation.states)
-    coarse = None if observation.compute == "fp32" else Reference(folder, dtype=observation.compute)
+    coarse = None if observation.compute == "fp32" else load(dtype=observation.compute)
     noise = noise_of(reference, observation, truth, coarse)
     comparison = compare(observation, truth, noise)
     if not comparison.errors:
         return Check(name=TRANSFORMERS, status=SKIPPED, detail="no hook point that it has"), [], []
-    diagnosis = Diagnosis(reference, observation, truth, noise, lambda dtype: Reference(folder, dtype=dtype))
+    diagnosis = Diagnosis(reference, observation, truth, noise, lambda dtype: load(dtype=dtype))
     findings = diagnosis.findings()
     if comparison.wrong:
         detail = f"{len(comparison.wrong)} of {len(comparison.errors)} differ"

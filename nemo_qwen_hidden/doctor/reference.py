@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_qwen_hidden.checkpoint.adapter import Adapter, MergedReader
+from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+from nemo_qwen_hidden.checkpoint.nemo_context import is_nemo
+from nemo_qwen_hidden.checkpoint.opened import open_weights
+from nemo_qwen_hidden.checkpoint.tensors import Reader, expected_shapes
 from nemo_qwen_hidden.doctor.algebra import FinalNorm
 from nemo_qwen_hidden.doctor.observation import Observation
 from nemo_qwen_hidden.doctor.rounding import TORCH_DTYPES
@@ -34,6 +39,19 @@ from nemo_qwen_hidden.hookpoint import (
 )
 
 NO_ROW = -1
+
+
+def _of_tensors(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
+    """transformers' model with the weights of a folder that it cannot read, or cannot read as they were run."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    architecture = read_architecture(folder)
+    weights = open_weights(folder, architecture)
+    with weights.reader() as files:
+        reader: Reader = files if adapter is None else MergedReader(files, Adapter.of(adapter, architecture.shape))
+        tensors = {name: reader.read(name).to(dtype) for name in expected_shapes(architecture.shape)}
+    config = Qwen2Config(**architecture.config)
+    return Qwen2Model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +101,15 @@ Refeed = Callable[[Sequence[Feed]], Sequence[Feed]]
 class Reference:
     """A Qwen2 of transformers. Not safe to use from threads."""
 
-    def __init__(self, folder: Path, *, dtype: str = "fp32") -> None:
-        from transformers import AutoModel
+    def __init__(self, folder: Path, *, dtype: str = "fp32", adapter: Path | None = None) -> None:
+        """adapter: of a LoRA, whose changes are in the weights that were run."""
+        if adapter is None and not is_nemo(folder):
+            from transformers import AutoModel
 
-        self.model = AutoModel.from_pretrained(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True).eval()
+            model = AutoModel.from_pretrained(folder, dtype=TORCH_DTYPES[dtype], local_files_only=True)
+        else:
+            model = _of_tensors(folder, adapter, TORCH_DTYPES[dtype])
+        self.model = model.eval()
         self.config = self.model.config
 
     @property

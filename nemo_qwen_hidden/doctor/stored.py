@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import Weights
 from nemo_qwen_hidden.doctor.checkup import chosen
 from nemo_qwen_hidden.doctor.observation import Observation, Passage
 from nemo_qwen_hidden.doctor.report import FAILED, OK, SKIPPED, Check, Finding
@@ -100,12 +100,12 @@ def _span(store: Store, passage: Passage) -> tuple[int, int]:
     return first, first + len(passage)
 
 
-def same_weights(store: Store, folder: Path) -> tuple[Check, list[Finding]]:
+def same_weights(store: Store, folder: Path, weights: Weights) -> tuple[Check, list[Finding]]:
     """Whether the folder holds the weights that the manifest names. Reads all of them."""
     named = store.manifest.model.get("weights_sha256")
     if not isinstance(named, str):
         return Check(name=SAME_WEIGHTS, status=SKIPPED, detail="the manifest names none"), []
-    found = weights_sha256(TensorFiles.of(folder))
+    found = weights_sha256(weights)
     if found == named:
         return Check(name=SAME_WEIGHTS, status=OK, detail=f"sha256 {found[:12]}"), []
     says = f"the store was made with other weights than those at {folder}"

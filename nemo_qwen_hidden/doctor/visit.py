@@ -38,7 +38,7 @@ def choose(job: Job, *, documents: int, tokens: int) -> tuple[Passage, ...]:
     data = job.settings.data
     stream = read_documents(job.data_path, text_field=data.text_field, id_field=data.id_field)
     vocab_size = job.architecture.shape.vocab_size
-    tokenized = tokenize(stream, lambda: load_tokenizer(job.model_folder), vocab_size=vocab_size)
+    tokenized = tokenize(stream, lambda: load_tokenizer(job.tokenizer_folder), vocab_size=vocab_size)
     ids = [document.token_ids for document in islice(tokenized, LOOKED_AT)]
     most = min(tokens, job.batching.max_tokens)
     passages = tuple(
@@ -57,7 +57,7 @@ def examine(
 
     compute = job.settings.precision.compute
     model = Qwen2HiddenModel.from_pretrained(
-        job.model_folder, groups=groups, dtype=compute, final_norm=True, split=job.split
+        job.model_folder, groups=groups, dtype=compute, final_norm=True, split=job.split, adapter=job.adapter_folder
     )
     return live.examine(
         model,
@@ -83,6 +83,7 @@ def report(job: Job, passages: Sequence[Passage], examined: "Examined") -> Repor
         examined.observation,
         job.model_folder,
         job.architecture,
+        adapter=job.adapter_folder,
         subject=subject,
         checks=examined.checks,
         findings=examined.findings,

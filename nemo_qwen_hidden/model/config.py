@@ -13,7 +13,7 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.spec import decoder_spec
 from nemo_qwen_hidden.model.weights import load_weights
@@ -29,7 +29,7 @@ class Qwen2HiddenConfig(Qwen2Config):
     """A Qwen2 without an output layer, unless ``output_layer`` asks for NeMo's usual model (for fine-tuning).
 
     num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
-    final norm follows. weights: a Hugging Face folder that each stage is filled from as it is built, wherever NeMo
+    final norm follows. weights: a model folder that each stage is filled from as it is built, wherever NeMo
     builds it; None leaves that to the caller. state_losses: of ``training.losses``; their heads become submodules of
     the chunk that has their hook point.
     """
@@ -60,12 +60,11 @@ class Qwen2HiddenConfig(Qwen2Config):
         return model
 
     def _fill(self, model: MCoreGPTModel, folder: Path) -> None:
-        shape = read_architecture(folder).shape
-        files = TensorFiles.of(folder)
-        files.check(shape)
+        architecture = read_architecture(folder)
+        weights = open_weights(folder, architecture)
         place = Topology(tp=self.tensor_model_parallel_size).at(parallel_state.get_tensor_model_parallel_rank())
-        with files.reader() as reader:
-            load_weights(model, reader, shape, place)
+        with weights.reader() as reader:
+            load_weights(model, reader, architecture.shape, place)
 
     def _without_output_layer(self, pre_process: bool | None, vp_stage: int | None) -> MCoreGPTModel:
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage or 0)
@@ -150,7 +149,7 @@ def configure_training(
     """NeMo's configuration for fine-tuning a checkpoint in a layout, starting from its weights.
 
     Args:
-        folder: of Hugging Face's form.
+        folder: of Hugging Face's or NeMo's form.
         stages: layer indices of every stage, see ``plan.stages.stages_of``.
         more: of NeMo's configuration, such as ``seq_length`` or ``recompute_granularity``. They have to be given here:
             NeMo builds further virtual stages from what the constructor was given, not from what was set later.

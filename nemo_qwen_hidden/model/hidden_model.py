@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from nemo_qwen_hidden.capture.pipeline import Pipeline, TokenRows
 from nemo_qwen_hidden.capture.staging import staged
 from nemo_qwen_hidden.capture.taps import Capture, Sink
+from nemo_qwen_hidden.checkpoint.adapter import Adapter, MergedReader
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
-from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, TensorFiles
+from nemo_qwen_hidden.checkpoint.nemo_tensors import NemoTensors
+from nemo_qwen_hidden.checkpoint.opened import open_weights
+from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, Reader
 from nemo_qwen_hidden.errors import CheckpointError, ConfigError, raise_all
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
 from nemo_qwen_hidden.model.effects import EffectCalls
+from nemo_qwen_hidden.model.nemo_weights import load_nemo_weights
 from nemo_qwen_hidden.model.stages import held_stages
 from nemo_qwen_hidden.model.weights import load_weights
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
@@ -64,12 +68,14 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         final_norm: bool = True,
         output_layer: bool = False,
         split: Split | None = None,
+        adapter: str | Path | None = None,
     ) -> "Qwen2HiddenModel":
-        """Builds this rank's part of a Hugging Face checkpoint and reads its weights. Collective over all ranks
-        where ``groups`` is None.
+        """Builds this rank's part of a checkpoint and reads its weights. Collective over all ranks where ``groups`` is
+        None, and where ``path`` is a NeMo checkpoint.
 
         Args:
-            path: a folder with config.json and safetensors, or a hub id; None is the embedded demo model.
+            path: a folder with config.json and safetensors, or a hub id, or a NeMo 2 checkpoint; None is the embedded
+                demo model.
             groups: where this rank stands. None joins the process groups that there are (those of NeMo without
                 sequence parallelism), or makes a single rank's.
             dtype: of weights and activations: fp32, bf16 or fp16.
@@ -77,6 +83,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
             final_norm: keep the final norm; only with all layers.
             output_layer: keep NeMo's output layer too, so that ``forward`` with labels gives the loss.
             split: how the layers are divided into stages; None: evenly.
+            adapter: a NeMo checkpoint of a LoRA adapter, merged into the weights in fp32 and rounded once.
 
         Raises:
             CheckpointError: something of the checkpoint is missing or has the wrong shape.
@@ -91,9 +98,9 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         layers = shape.num_layers if num_layers is None else num_layers
         topology = Topology() if groups is None else groups.topology
         stages = _checked_stages(architecture, topology, split, dtype=dtype, num_layers=layers)
-        files = TensorFiles.of(folder)
-        files.check(shape)
-        if output_layer and not architecture.tied and OUTPUT not in files.files:
+        weights = open_weights(folder, architecture)
+        changes = None if adapter is None else Adapter.of(adapter, shape)
+        if output_layer and not architecture.tied and OUTPUT not in weights.names:
             raise CheckpointError("model.path", f"must hold the tensor `{OUTPUT}` for its output layer", str(folder))
         groups = groups or one_rank()
         keeps_norm = final_norm and layers == shape.num_layers
@@ -106,9 +113,13 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
                 model.later_chunks.append(config.configure_model(model.tokenizer, vp_stage=vp_stage))
         model.to(groups.device)
         model.architecture, model._groups, model._stages = architecture, groups, stages
-        with files.reader() as reader:
-            for chunk in model.chunks:
-                load_weights(chunk, reader, shape, groups.place)
+        if isinstance(weights, NemoTensors):
+            load_nemo_weights(model.chunks, weights, groups.place, changes)
+        else:
+            with weights.reader() as files:
+                reader: Reader = files if changes is None else MergedReader(files, changes)
+                for chunk in model.chunks:
+                    load_weights(chunk, reader, shape, groups.place)
         model.eval()
         return model
 

@@ -12,7 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
-from nemo_qwen_hidden.checkpoint.tensors import EMBEDDING, FINAL_NORM, OUTPUT, TensorReader
+from nemo_qwen_hidden.checkpoint.tensors import EMBEDDING, FINAL_NORM, OUTPUT, Reader
 from nemo_qwen_hidden.errors import HiddenStatesError
 from nemo_qwen_hidden.plan.footprint import DecoderShape
 from nemo_qwen_hidden.topology import Place
@@ -20,7 +20,7 @@ from nemo_qwen_hidden.topology import Place
 Fill = Callable[[Tensor], None]
 
 
-def load_weights(model: MCoreGPTModel, reader: TensorReader, shape: DecoderShape, place: Place) -> None:
+def load_weights(model: MCoreGPTModel, reader: Reader, shape: DecoderShape, place: Place) -> None:
     """Fills every parameter of this rank's stage.
 
     Raises:
@@ -29,7 +29,7 @@ def load_weights(model: MCoreGPTModel, reader: TensorReader, shape: DecoderShape
     parameters = dict(model.named_parameters())
     unassigned = set(parameters)
     with torch.no_grad():
-        for name, fill in _assignments(model, reader, shape, place):
+        for name, fill in assignments(model, reader, shape, place):
             if name in unassigned:
                 fill(parameters[name])
                 unassigned.remove(name)
@@ -37,10 +37,9 @@ def load_weights(model: MCoreGPTModel, reader: TensorReader, shape: DecoderShape
         raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
 
 
-def _assignments(
-    model: MCoreGPTModel, reader: TensorReader, shape: DecoderShape, place: Place
-) -> Iterator[tuple[str, Fill]]:
-    """Parameter names, and how to fill each. Where the layer specs differ in a name, both names are given."""
+def assignments(model: MCoreGPTModel, reader: Reader, shape: DecoderShape, place: Place) -> Iterator[tuple[str, Fill]]:
+    """Parameter names, and how to fill each (a tensor of its shape). Where the layer specs differ in a name, both names
+    are given."""
     share = _Share(reader, shape, place)
     yield "embedding.word_embeddings.weight", partial(share.vocabulary, EMBEDDING)
     yield "output_layer.weight", partial(share.vocabulary, OUTPUT if OUTPUT in reader else EMBEDDING)
@@ -67,7 +66,7 @@ def _layer(share: "_Share", to: str, source: str) -> Iterator[tuple[str, Fill]]:
 class _Share:
     """One tp rank's part of each kind of tensor, copied into a parameter."""
 
-    def __init__(self, reader: TensorReader, shape: DecoderShape, place: Place) -> None:
+    def __init__(self, reader: Reader, shape: DecoderShape, place: Place) -> None:
         self._reader, self._shape = reader, shape
         self._rank, self._tp = place.tp, place.topology.tp
 

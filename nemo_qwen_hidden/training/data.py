@@ -198,7 +198,7 @@ def _read(job: FinetuningJob) -> tuple[list[NDArray[np.int32]], str, int | None]
     used: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
-        used.append(load_tokenizer(job.model_folder))
+        used.append(load_tokenizer(job.tokenizer_folder))
         return used[0]
 
     read = read_documents(job.data_path, **job.fields)

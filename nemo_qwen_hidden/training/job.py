@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
-from nemo_qwen_hidden.checkpoint.tensors import TensorFiles
+from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import FinetuneSettings, check_finetuning
 from nemo_qwen_hidden.data.sources import check_path
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
@@ -46,6 +46,12 @@ class FinetuningJob:
         return {"text_field": data.text_field, "messages_field": data.messages_field, "id_field": data.id_field}
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer: the one that was named, or the model's. Raises as ``tokenizer_folder`` does."""
+        named = self.settings.model.tokenizer
+        return tokenizer_folder(self.model_folder) if named is None else locate(named, "model.tokenizer")
+
+    @property
     def begun(self) -> bool:
         """Whether the run has a checkpoint that it goes on from."""
         return any((self.run_path / CHECKPOINTS).glob("*-last"))
@@ -77,9 +83,12 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         ffn_hidden_size=shape.ffn_hidden_size,
     )
     problems += _training_problems(settings, architecture, topology)
+    if settings.model.adapter is not None:
+        rule = "must be null: training starts from whole weights"
+        problems.append(ConfigError("model.adapter", rule, settings.model.adapter))
     raise_all(problems)
     stages = stages_of(shape.num_layers, pp=topology.pp, vp=topology.vp, split=split_of(settings.parallel))
-    TensorFiles.of(folder).check(shape)
+    open_weights(folder, architecture)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     watches = settings.watch.store is not None or settings.watch.probe_store is not None
     job = FinetuningJob(

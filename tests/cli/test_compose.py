@@ -19,6 +19,8 @@ def test_the_keys_are_these() -> None:
     """A new key is a deliberate edit of this list, of conf/ and of config.py."""
     assert list(known.kinds()) == [
         "model.path",
+        "model.adapter",
+        "model.tokenizer",
         "parallel.tp",
         "parallel.pp",
         "parallel.vp",

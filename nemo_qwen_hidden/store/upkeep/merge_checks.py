@@ -35,6 +35,7 @@ def _shared(manifest: Manifest) -> dict[str, Any]:
         "dtypes.stored": manifest.stored_dtype,
         "dtypes": dict(manifest.dtypes_extra),
         "model.weights_sha256": manifest.model.get("weights_sha256"),
+        "model.adapter.sha256": _adapter(manifest),
         "model.architecture": manifest.model.get("architecture"),
         "tokenizer.sha256": manifest.tokenizer.get("sha256"),
         "hook_points": [str(point) for point in manifest.points],
@@ -54,6 +55,11 @@ def _shared(manifest: Manifest) -> dict[str, Any]:
         "data.max_tokens": windows,
         "unknown fields": dict(manifest.extra),
     }
+
+
+def _adapter(manifest: Manifest) -> object:
+    adapter = manifest.model.get("adapter")
+    return adapter.get("sha256") if isinstance(adapter, Mapping) else None
 
 
 def _kept(manifest: Manifest) -> str:

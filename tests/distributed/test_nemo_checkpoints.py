@@ -1,0 +1,109 @@
+"""Checkpoints written by NeMo's Trainer in one layout, opened in others."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
+from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
+from nemo_qwen_hidden.checkpoint.opened import open_weights
+from nemo_qwen_hidden.topology import Topology
+from tests.conftest import Start
+from tests.distributed.conftest import NemoFolders
+from tests.support.models import ragged_batch, relative_error, transformers_states
+from tests.support.nemo import lora_applied, merged
+from tests.support.ranks import gathered, losses
+
+LAYOUTS = [Topology(), Topology(pp=3), Topology(tp=2, sp=True), Topology(tp=2, pp=2)]
+
+
+@pytest.mark.parametrize("topology", LAYOUTS, ids=str)
+def test_any_layout_opens_what_tp2_pp2_wrote(topology: Topology, nemo_folders: NemoFolders, start_ranks: Start) -> None:
+    """With the state of the optimizer beside them: the same bits as from the Hugging Face folder in that layout, and
+    transformers' states."""
+    batch = ragged_batch((17, 40, 1, 6), vocab=384)
+    folders = [nemo_folders.huggingface, nemo_folders.nemo]
+    (theirs,), (ours,) = start_ranks(topology.world, gathered, topology, folders, batch, ({},))[0]
+    reference = transformers_states(nemo_folders.huggingface, batch)
+    assert list(ours) == list(theirs)
+    for point, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[point], err_msg=str(point))
+        for row, length in enumerate(batch.lengths):
+            assert relative_error(torch.from_numpy(values[row, :length]), reference[row][point]) <= 5e-6
+
+
+def test_half_precision_and_the_output_layer(nemo_folders: NemoFolders, start_ranks: Start) -> None:
+    batch = ragged_batch((9, 4), vocab=384)
+    pair = [nemo_folders.half_huggingface, nemo_folders.half]
+    (theirs,), (ours,) = start_ranks(2, gathered, Topology(pp=2), pair, batch, ({},), "bf16")[0]
+    for point, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[point], err_msg=str(point))
+    whole = [nemo_folders.huggingface, nemo_folders.nemo]
+    one, other = start_ranks(2, losses, Topology(tp=2), whole, batch)[0]
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_fingerprint_is_that_of_the_huggingface_folder(nemo_folders: NemoFolders) -> None:
+    def fingerprint(folder: Path) -> str:
+        return weights_sha256(open_weights(folder, read_architecture(folder)))
+
+    assert fingerprint(nemo_folders.nemo) == fingerprint(nemo_folders.huggingface)
+    assert fingerprint(nemo_folders.half) == fingerprint(nemo_folders.half_huggingface)
+
+
+POINTS = ("embed", "resid_post@0", "resid_post@1", "resid_post@4", "final_norm")
+
+
+def test_a_merged_adapter_gives_the_states_of_nemos_own_lora(nemo_folders: NemoFolders, start_ranks: Start) -> None:
+    batch, adapter = ragged_batch((17, 6), vocab=384), nemo_folders.adapter
+    applied = start_ranks(1, lora_applied, nemo_folders.huggingface, adapter, batch, POINTS)[0]
+    plain = transformers_states(nemo_folders.huggingface, batch)
+    folders = [nemo_folders.huggingface, nemo_folders.nemo]
+    for topology in (Topology(), Topology(tp=2, sp=True), Topology(pp=2)):
+        (theirs, _, _), (ours, _, _) = start_ranks(topology.world, merged, topology, folders, adapter, batch, POINTS)[0]
+        for point, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[point])
+            for row, length in enumerate(batch.lengths):
+                found = torch.from_numpy(values[row, :length])
+                assert relative_error(found, torch.from_numpy(applied[point][row, :length])) <= 5e-6
+                if point.site != "embed":
+                    assert relative_error(found, plain[row][point]) > 1e-2  # it does something
+
+
+def test_an_adapter_is_added_in_fp32_and_rounded_once(nemo_folders: NemoFolders, start_ranks: Start) -> None:
+    """By numpy from the matrices themselves, whose values NeMo's file has."""
+    batch, folder = ragged_batch((3,), vocab=384), nemo_folders.huggingface
+    folders = [folder, nemo_folders.nemo]
+    found = start_ranks(1, merged, Topology(), folders, nemo_folders.partial_adapter, batch, ("embed",))[0]
+    shape = read_architecture(folder).shape
+    stored = Adapter.of(nemo_folders.partial_adapter, shape).stored
+    names = {name.split("decoder.layers.")[1]: name for name in stored.tensors if not name.startswith("optimizer")}
+    for _, wide, rounded in found:
+        plain = open_weights(nemo_folders.nemo, read_architecture(folder)).stored
+        for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+            down, up = (
+                stored.read(names[f"{linear}.adapter.linear_{side}.weight"], slice(1, 2))[0] for side in ("in", "out")
+            )
+            base = plain.read(f"module.module.decoder.layers.{linear}.weight", slice(1, 2))[0]
+            expected = base.numpy() + (up.numpy() @ down.numpy()) * np.float32(6 / 4)
+            parameter = f"module.decoder.layers.1.{linear}.weight"
+            np.testing.assert_allclose(wide[parameter], expected, rtol=0, atol=1e-6)
+            once = torch.from_numpy(wide[parameter]).bfloat16().float().numpy()
+            np.testing.assert_array_equal(rounded[parameter], once)
+        untouched = plain.read("module.module.decoder.layers.mlp.linear_fc2.weight", slice(1, 2))[0]
+        np.testing.assert_array_equal(wide["module.decoder.layers.1.mlp.linear_fc2.weight"], untouched.numpy())
+
+
+def test_the_layout_of_an_adapter_is_read_from_what_nemo_writes(nemo_folders: NemoFolders) -> None:
+    shape = read_architecture(nemo_folders.huggingface).shape
+    whole, part = (Adapter.of(folder, shape) for folder in (nemo_folders.adapter, nemo_folders.partial_adapter))
+    assert (whole.dim, whole.alpha, len(whole.pairs)) == (4, 6, 20)
+    assert part.linears(3) == ("self_attention.linear_qkv", "mlp.linear_fc1")
+    assert len(part.pairs) == 10
+    assert whole.sha256 != part.sha256 == Adapter.of(nemo_folders.partial_adapter, shape).sha256
+    base = json.loads((nemo_folders.adapter / "weights" / "adapter_metadata.json").read_text())
+    assert list(base) == ["model_ckpt_path"]

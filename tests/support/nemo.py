@@ -1,0 +1,136 @@
+"""NeMo 2 checkpoints for tests, written by NeMo's own Trainer, and NeMo's own LoRA."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import current_process
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.topology import Topology
+from tests.support.models import Batch
+from tests.support.training import Job, trainer_of
+
+DIM, ALPHA = 4, 6
+
+
+@contextmanager
+def without_transformer_engine() -> Iterator[None]:
+    """NeMo 2.7.3 asks of each module whether it is one of Transformer Engine's, installed or not
+    (``collections/llm/peft/lora.py:703``, ``utils.py:77``)."""
+    from nemo.collections.llm.peft import lora, utils
+
+    nobodys = SimpleNamespace(Linear=type("Linear", (), {}))
+    with mock.patch.object(lora, "te", nobodys), mock.patch.object(utils, "HAVE_TE", False):
+        yield
+
+
+def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequence[str] = ()) -> None:
+    """Trains a job from the weights of ``folder``, and saves it as NeMo's ``ModelCheckpoint`` does (its state, then the
+    context); with ``target_modules`` a LoRA of these."""
+    from nemo.collections.llm.peft import LoRA
+    from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+    from nemo.lightning.io.pl import TrainerContext
+
+    from nemo_qwen_hidden.parallel.host import training_on_host
+
+    torch.manual_seed(5)
+    callbacks = [
+        LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, lora_B_init_method="normal")
+        for _ in target_modules[:1]
+    ]
+    with without_transformer_engine(), trainer_of(rank, job, folder, callbacks) as (trainer, model, data):
+        if callbacks:
+            model.model_transform, model.__io__.model_transform = callbacks[0], callbacks[0].__io__
+        trainer.fit(model, data)
+        with training_on_host():
+            trainer.save_checkpoint(to)
+        if rank.rank == 0:
+            TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(to), yaml_attrs=["model"])
+        dist.barrier()
+
+
+def _may_have_children() -> None:
+    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
+    a rank, being one that ends with its parent, may not start."""
+    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
+def converted(rank: Rank, source: Path, target: Path) -> Any:
+    """What ``convert`` says that it did; here, because NeMo is imported already."""
+    from nemo_qwen_hidden.conversion import convert
+
+    _may_have_children()
+    return convert(str(source), str(target))
+
+
+def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
+    """``llm.import_ckpt`` of NeMo itself, once our importer is registered."""
+    from nemo.collections import llm
+    from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config, Qwen2Model
+
+    from nemo_qwen_hidden.training.importer import register_importer
+    from nemo_qwen_hidden.training.ranks import as_if_torchrun
+
+    _may_have_children()
+    register_importer()
+    with mock.patch.dict("os.environ"), as_if_torchrun(rank):
+        llm.import_ckpt(Qwen2Model(Qwen2Config(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)), f"hf://{source}", output_path=target)
+
+
+def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> None:
+    """``trained`` several times on the same ranks."""
+    _may_have_children()
+    for each in work:
+        trained(rank, *each)
+
+
+def lora_applied(rank: Rank, folder: Path, adapter: Path, batch: Batch, points: Sequence[str]) -> Any:
+    """States of a model with NeMo's LoRA modules put in, filled from the adapter's checkpoint by Megatron."""
+    from megatron.core import dist_checkpointing
+    from nemo.collections.llm import fn
+    from nemo.collections.llm.peft import LoRA
+
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import megatron_on_host
+
+    torch.set_num_threads(1)
+    with process_groups(Topology(), rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
+        with without_transformer_engine(), megatron_on_host():
+            fn.walk(model.module, LoRA(dim=DIM, alpha=ALPHA, lora_B_init_method="normal").transform)
+            everything = model.module.sharded_state_dict(prefix="module.module.")
+            wanted = {name: entry for name, entry in everything.items() if ".adapter." in name and "_extra" not in name}
+            loaded = dist_checkpointing.load(wanted, str(adapter / "weights"))
+        state = {name.removeprefix("module.module."): loaded[name] for name in wanted}
+        assert not model.module.load_state_dict(state, strict=False).unexpected_keys
+        model.eval()
+        states = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=list(points))
+    return {point: values.numpy() for point, values in states.items()}
+
+
+def merged(
+    rank: Rank, topology: Topology, folders: Sequence[Path], adapter: Path, batch: Batch, points: Sequence[str]
+) -> Any:
+    """States of each of some models with the adapter merged in, in fp32, and their parameters in bf16."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    found = []
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        for folder in folders:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, adapter=adapter)
+            states = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=list(points))
+            narrow = Qwen2HiddenModel.from_pretrained(folder, groups=groups, adapter=adapter, dtype="bf16")
+            rounded = {name: value.detach().float().numpy() for name, value in narrow.named_parameters()}
+            wide = {name: value.detach().numpy() for name, value in model.named_parameters()}
+            found.append(({point: values.numpy() for point, values in states.items()}, wide, rounded))
+        dist.barrier()
+    return found
