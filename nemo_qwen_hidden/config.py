@@ -230,13 +230,18 @@ class RunSettings:
 class WatchSettings:
     """Which hidden states of a run are captured while it trains; where is ``capture.hook_points``.
 
-    store: the folder of the store for them; None captures nothing. every: steps between captures. phases: of
-    ``train`` and ``validation``.
+    store: the folder of the store for states of the run's own samples; None captures none. phases: of ``train`` and
+    ``validation``. probe_store: the folder of the store for states of the same documents after every so many steps;
+    None runs none. probe_data: these documents, as ``data.path``; None stands for the embedded text. probe_documents:
+    the first so many; None for all. every: steps between captures, of both kinds.
     """
 
     store: str | None = None
     every: int = 10
     phases: tuple[str, ...] = ("train",)
+    probe_store: str | None = None
+    probe_data: str | None = None
+    probe_documents: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +284,12 @@ def check_finetuning(settings: FinetuneSettings) -> None:
     if settings.precision.compute == "fp16":
         rule = "must be fp32 or bf16 for training: fp16 would need its loss scaled"
         problems.append(ConfigError("precision.compute", rule, "fp16"))
-    if settings.watch.every < 1:
-        problems.append(ConfigError("watch.every", "must be at least 1", settings.watch.every))
+    for name in ("every", "probe_documents"):
+        if (value := getattr(settings.watch, name)) is not None and value < 1:
+            problems.append(ConfigError(f"watch.{name}", "must be at least 1", value))
+    if settings.watch.store is not None and settings.watch.store == settings.watch.probe_store:
+        rule = "must be another folder than `watch.store`"
+        problems.append(ConfigError("watch.probe_store", rule, settings.watch.probe_store))
     if not settings.watch.phases or not set(settings.watch.phases) <= set(PHASES):
         problems.append(ConfigError("watch.phases", f"must hold {' or '.join(PHASES)}", settings.watch.phases))
     if settings.parallel.auto:

@@ -23,7 +23,7 @@ CHECKPOINTS = "checkpoints"
 @dataclass(frozen=True, kw_only=True)
 class FinetuningJob:
     """What will run. model_folder, data_path: on this machine. stages: layer indices of every pipeline stage. points:
-    that are captured, ordered by depth; none where ``watch.store`` is not given."""
+    that are captured, ordered by depth; none where nothing is watched."""
 
     settings: FinetuneSettings
     architecture: Architecture
@@ -81,7 +81,7 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     stages = stages_of(shape.num_layers, pp=topology.pp, vp=topology.vp, split=split_of(settings.parallel))
     TensorFiles.of(folder).check(shape)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
-    watches = settings.watch.store is not None
+    watches = settings.watch.store is not None or settings.watch.probe_store is not None
     job = FinetuningJob(
         settings=settings,
         architecture=architecture,

@@ -21,10 +21,12 @@ from nemo_qwen_hidden.model.config import TORCH_DTYPES, configure_training
 from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, Report, TrainingStep, silent
+from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 from nemo_qwen_hidden.training.data import TextData
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
 from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
+from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
 from nemo_qwen_hidden.training.strategy import megatron_strategy
 
 TOKENIZER_FILES = (
@@ -159,16 +161,25 @@ def _logger(job: FinetuningJob) -> Logger:
 
 def _watchers(job: FinetuningJob) -> list[Callback]:
     """Callbacks that capture hidden states while the model trains."""
-    watch = job.settings.watch
-    if watch.store is None:
-        return []
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
-
-    return [
-        HiddenStatesCallback(
-            hook_points=[str(point) for point in job.points], to=watch.store, every=watch.every, phases=watch.phases
+    watch, points, watchers = job.settings.watch, [str(point) for point in job.points], list[Callback]()
+    stored, nonfinite = job.settings.precision.stored, job.settings.precision.nonfinite
+    chosen = {"hook_points": points, "every": watch.every, "dtype": stored, "nonfinite": nonfinite}
+    if watch.store is not None:
+        store = os.path.expanduser(watch.store)
+        watchers.append(HiddenStatesCallback(to=store, phases=watch.phases, **chosen))
+    if watch.probe_store is not None:
+        store = os.path.expanduser(watch.probe_store)
+        watchers.append(
+            ProbeSetCallback(
+                to=store,
+                documents=watch.probe_data,
+                max_documents=watch.probe_documents,
+                tokenizer=job.model_folder,
+                **job.fields,
+                **chosen,
+            )
         )
-    ]
+    return watchers
 
 
 class _Progress(Callback):
