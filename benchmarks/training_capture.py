@@ -6,7 +6,8 @@ One run of NeMo's trainer on one rank. By turns of a few steps nothing is captur
 and dropped, and they are captured and written to a store: what else the machine does then falls on all alike. The first
 step of a turn is not counted, since the recorder's thread may still be writing states of the turn before; of the last
 turn of a round what is left over falls so on a step that counts for nobody. Waiting for the disk counts: a step that
-finds the recorder's queue full waits for it.
+finds the recorder's queue full waits for it. On a machine that does other things as well, processor time, of all threads,
+says more than the time of the clock.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +47,34 @@ def main() -> None:
         except Exception:
             print(log.read_text(errors="replace"))
             raise
-    turns = len(TURNS)
     length = asked.turn + 1
-    by_turn = [seconds[start + 1 : start + length] for start in range(length, len(seconds), length)]  # not the first
-    counted = {name: [each for turn in by_turn[number::turns] for each in turn] for number, name in enumerate(TURNS)}
-    base = [statistics.median(turn) for turn in by_turn[::turns]]
     written = size / 1e6 / (asked.rounds * length)
     rounds = f"{asked.rounds} rounds of {asked.turn} steps"
     print(
         f"{asked.layers} layers x {asked.hidden}, {asked.sequences} x {asked.tokens} tokens a step, {asked.tapped} "
         f"layers captured ({written:.1f} MB a step), {asked.threads} threads, {rounds}"
     )
+    for what, values in (("time", [clock for clock, _ in seconds]), ("processor time", [cpu for _, cpu in seconds])):
+        _print(what, [values[start + 1 : start + length] for start in range(length, len(values), length)])
+
+
+def _print(what: str, turns: Sequence[Sequence[float]]) -> None:
+    """turns: seconds of the steps of each that count, without the turn that warms up."""
+    base = turns[:: len(TURNS)]
+    off = statistics.median(each for turn in base for each in turn)
     for number, name in enumerate(TURNS):
-        medians = [statistics.median(turn) for turn in by_turn[number::turns]]
-        more = [100 * (mine / other - 1) for mine, other in zip(medians, base, strict=True)]
-        whole = 100 * (statistics.median(counted[name]) / statistics.median(counted[OFF]) - 1)
-        print(
-            f"{name}: {spread([1000 * each for each in counted[name]], 0)} ms a step; "
-            f"{whole:+.1f} %, by round {spread(more, 1)} %"
-        )
+        mine = turns[number :: len(TURNS)]
+        steps = [1000 * each for turn in mine for each in turn]
+        more = [
+            100 * (statistics.median(turn) / statistics.median(other) - 1)
+            for turn, other in zip(mine, base, strict=True)
+        ]
+        whole = 100 * (statistics.median(steps) / 1000 / off - 1)
+        print(f"{what}, {name}: {spread(steps, 0)} ms a step; {whole:+.1f} %, by round {spread(more, 1)} %")
 
 
-def trained(rank: Rank, asked: Any, folder: Path) -> tuple[list[float], int]:
-    """Seconds of every step, and bytes of the store's states."""
+def trained(rank: Rank, asked: Any, folder: Path) -> tuple[list[tuple[float, float]], int]:
+    """Seconds of every step, by the clock and of the processor, and bytes of the store's states."""
     import lightning.pytorch as pl
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl
@@ -87,13 +94,13 @@ def trained(rank: Rank, asked: Any, folder: Path) -> tuple[list[float], int]:
         """The whole of a step, from one beginning to the next."""
 
         def __init__(self) -> None:
-            self.times: list[float] = []
+            self.times: list[tuple[float, float]] = []
 
         def on_train_batch_start(self, *_: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append((time.perf_counter(), time.process_time()))
 
         def on_train_end(self, *_: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append((time.perf_counter(), time.process_time()))
 
     torch.set_num_threads(asked.threads)
     topology, stages = Topology(), stages_of(asked.layers, pp=1)
@@ -130,7 +137,7 @@ def trained(rank: Rank, asked: Any, folder: Path) -> tuple[list[float], int]:
             use_distributed_sampler=False,
         )
         trainer.fit(Qwen2Model(config, optim=MegatronOptimizer(optimizer)), data)
-    seconds = [later - earlier for earlier, later in zip(clock.times[:-1], clock.times[1:], strict=True)]
+    seconds = [(end[0] - start[0], end[1] - start[1]) for start, end in pairwise(clock.times)]
     opened = open_store(store)
     return seconds, opened.states * len(points) * asked.hidden * 4
 

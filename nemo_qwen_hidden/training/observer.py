@@ -81,7 +81,7 @@ class Observer:
         passes: list[_Passes] = []
         with ExitStack() as stack:
             for chunk, points in self._chunks:
-                if points:
+                if points or chunk.pre_process:  # the first stage looks at token ids for all
                     taps = stack.enter_context(tapped(chunk, self._capture, points, (), self._groups, sink))
                     passes.append(_Passes())
                     before, after = self._hooks(chunk, taps, passes[-1], views, fed)

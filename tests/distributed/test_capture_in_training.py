@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_qwen_hidden.errors import RankError
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep.verify import verify
 from nemo_qwen_hidden.topology import Topology
@@ -22,6 +23,7 @@ from tests.support.capturing import (
     packed,
     packed_forward_step,
     ragged,
+    shifted_data_step,
     transformers_model,
 )
 from tests.support.models import Tiny, save_tiny
@@ -194,6 +196,13 @@ def test_padding_is_left_out_and_packed_documents_do_not_see_each_other(folder: 
                 start += length
             assert ranks[0].samples["train", 0, sample] == tokens[:start]
         assert len(states) == len(found) == count
+
+
+def test_tokens_that_are_not_the_data_loaders_end_the_run(folder: Path, start_ranks: Start) -> None:
+    """Of states on the last stage, too."""
+    job = Job(steps=1, topology=Topology(pp=2), model={"data_step_fn": shifted_data_step})
+    with pytest.raises(RankError, match="the model was given other token ids than the data loader gave"):
+        start_ranks(2, capture_in_training, folder, [Capturing(job=job, settings={"hook_points": "final_norm"})])
 
 
 def check(folder: Path, job: Job, ranks: list[Captured]) -> None:

@@ -132,6 +132,16 @@ def packed_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return output
 
 
+def shifted_data_step(batches: Any) -> dict[str, Any]:
+    """NeMo's, but that tokens are not where the data loader had them."""
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    batch: dict[str, Any] = gpt_data_step(batches)
+    if batch["tokens"] is not None:
+        batch["tokens"] = batch["tokens"].roll(1, dims=1)
+    return batch
+
+
 def _saboteur(saved: Path) -> Any:
     import lightning.pytorch as pl
 
