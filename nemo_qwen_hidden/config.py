@@ -233,7 +233,8 @@ class WatchSettings:
     store: the folder of the store for states of the run's own samples; None captures none. phases: of ``train`` and
     ``validation``. probe_store: the folder of the store for states of the same documents after every so many steps;
     None runs none. probe_data: these documents, as ``data.path``; None stands for the embedded text. probe_documents:
-    the first so many; None for all. every: steps between captures, of both kinds.
+    the first so many; None for all. probe_labels: what a linear probe tells apart in the drift that is logged, a field of
+    their records or ``repeated``; None trains none. every: steps between captures, of both kinds.
     """
 
     store: str | None = None
@@ -242,6 +243,7 @@ class WatchSettings:
     probe_store: str | None = None
     probe_data: str | None = None
     probe_documents: int | None = None
+    probe_labels: str | None = "repeated"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_qwen_hidden.drift.report import Report, Series
+from nemo_qwen_hidden.drift.report import Report, Series, classes_of
 from nemo_qwen_hidden.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def accuracy(report: Report) -> "Figure":
     axes = figure.subplots()
     _lines(axes, report, report.probe.accuracy)
     axes.axhline(report.probe.baseline, color="black", linestyle="--", label="always the most frequent class")
-    axes.set_title(f"linear probe: {report.probe.name}")
+    axes.set_title(f"linear probe: {report.probe.name} ({classes_of(report.probe)})")
     axes.set_ylabel(f"accuracy on {report.probe.held_out:,} states\nof held-out documents")
     _depth_bar(figure, [axes], report)
     figure.legend(loc="outside lower center", frameon=False)

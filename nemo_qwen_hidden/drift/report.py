@@ -169,7 +169,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     ]
     if report.probe is not None:
         sizes = f"{report.probe.trained:,} states to train on, {report.probe.held_out:,} of other documents held out"
-        found += [("probe", f"{report.probe.name}: {_classes(report.probe.classes)}"), ("", sizes)]
+        found += [("probe", f"{report.probe.name}: {classes_of(report.probe)}"), ("", sizes)]
     return [*found, *(("note", note) for note in notes(report))]
 
 
@@ -213,7 +213,9 @@ def _outliers(report: Report) -> str:
     return f"{rule}up to {100 * most:.2g} % of the states"
 
 
-def _classes(names: tuple[str, ...]) -> str:
+def classes_of(probe: ProbeReport) -> str:
+    """The names of the classes, or of the first of many."""
+    names = probe.classes
     return ", ".join(names if len(names) <= 6 else (*names[:5], f"... {len(names) - 5} more"))
 
 

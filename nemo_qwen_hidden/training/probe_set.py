@@ -18,6 +18,7 @@ from nemo_qwen_hidden.data.sources import check_path
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.drift.labels import Labels, from_field, repeated_tokens
 from nemo_qwen_hidden.drift.measures import measure
+from nemo_qwen_hidden.drift.probe_accuracy import can_be_told
 from nemo_qwen_hidden.drift.probe_set import PHASE, ProbeSet
 from nemo_qwen_hidden.errors import ConfigError, status_of
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
@@ -69,7 +70,7 @@ class ProbeSetCallback(Callback, IOMixin):
         nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
         log: whether the drift to the store's first step goes to the trainer's logger, see ``docs/drift.md``.
         labels: what a linear probe is trained to tell, for the log: a field of the records, ``repeated`` (whether a
-            token has stood in its document before), or None for no probe.
+            token has stood in its document before, where that can be learnt of these documents), or None for no probe.
 
     Raises:
         ConfigError: settings that cannot be; when training starts, what the model cannot give.
@@ -236,5 +237,6 @@ class ProbeSetCallback(Callback, IOMixin):
         if self._labels is None:
             return None
         if self._labels == REPEATED:
-            return repeated_tokens(ProbeSet(store), reference)
+            labels = repeated_tokens(ProbeSet(store), reference)
+            return labels if can_be_told(labels) else None
         return from_field(ProbeSet(store), reference, self._labels, self._documents, id_field=self._fields["id_field"])

@@ -174,6 +174,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
                 to=store,
                 documents=watch.probe_data,
                 max_documents=watch.probe_documents,
+                labels=watch.probe_labels,
                 tokenizer=job.model_folder,
                 **job.fields,
                 **chosen,
