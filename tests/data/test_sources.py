@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nemo_qwen_hidden.data.document import Document
-from nemo_qwen_hidden.data.sources import check_path, read_documents
+from nemo_qwen_hidden.data.sources import check_path, read_documents, read_fields
 from nemo_qwen_hidden.errors import DataError
 
 RECORDS: list[dict[str, Any]] = [
@@ -359,3 +359,17 @@ def test_import_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz"])
+def test_a_field_of_each_record_stands_beside_the_id_of_its_document(tmp_path: Path, name: str) -> None:
+    path = jsonl(tmp_path / name, RECORDS)
+    found = list(read_fields(str(path), "more"))
+    assert [document for document, _ in found] == [document.id for document in read_documents(str(path))]
+    assert [value for _, value in found] == [None, None, None, {"x": 1}, None]
+
+
+def test_fields_are_read_from_jsonl_alone(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(DataError, match="must be JSONL, for the field `kind`"):
+        list(read_fields(str(tmp_path / "text.txt"), "kind"))
