@@ -31,8 +31,8 @@ MASK = "loss_mask"
 @dataclass
 class _Count:
     """Of one loss in one step. computed, started: microbatches whose value was computed, and whose gradient was
-    started. totals: fp32, this rank's parts of the loss and of what else it measures, each times what its microbatch weighs;
-    weight: the sum of what they weigh."""
+    started. totals: fp32, this rank's parts of the loss and of what else it measures, each times what its microbatch
+    weighs; weight: the sum of what they weigh."""
 
     totals: Tensor
     weight: float = 0.0
@@ -199,14 +199,12 @@ class AttachedLosses:
 
     def _why(self, name: str) -> str:
         count = self._counts.get(name)
-        seen = (
-            f"computed {count.computed} times and started {count.started} times" if count else "not complete elsewhere"
-        )
+        seen = f"computed {count.computed} times and started {count.started}" if count else "not, on another rank"
         return (
             f"loss {name} must be computed, and its gradient started, once for each of {self._microbatches} "
-            f"microbatches, but was {seen}: either nothing that is trained lies before a recomputed layer, which is then "
-            "not recomputed (turn recompute_granularity off, or train the embeddings), or the main loss does not depend "
-            f"on {self._points[name]}"
+            f"microbatches, but was {seen}: either nothing that is trained lies before a recomputed layer, which is "
+            "then not recomputed (turn recompute_granularity off, or train the embeddings), or the main loss does not "
+            f"depend on {self._points[name]}"
         )
 
 

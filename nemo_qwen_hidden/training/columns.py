@@ -40,7 +40,7 @@ class ColumnData(BlockData):
     def __init__(
         self, train: Mapping[str, Tensor], validation: Mapping[str, Tensor] | None = None, **arguments: Any
     ) -> None:
-        super().__init__(F.pad(train["tokens"], (0, 1)), **arguments)
+        super().__init__(train["tokens"], seq_length=train["tokens"].shape[1], **arguments)
         self._train_columns, self._validation_columns = dict(train), dict(validation or {})
 
     def train_dataloader(self) -> DataLoader[Sample]:

@@ -101,11 +101,12 @@ def batches() -> list[dict[str, Tensor]]:
 
 @dataclass(kw_only=True)
 class Truth:
-    """values: of each loss, its mean over the microbatches. gradients: by transformers' names, and of heads as
-    ``state_heads.NAME``."""
+    """values: of each loss, its mean over the microbatches. accuracy: the same of the classifier's. gradients: by
+    transformers' names, and of heads as ``state_heads.NAME``."""
 
     values: dict[str, float]
-    gradients: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(repr=False)
+    accuracy: float
 
 
 def by_transformers(folder: Path, *, per_token: bool = False, language_model: float = 1.0) -> Truth:
@@ -128,7 +129,7 @@ def by_transformers(folder: Path, *, per_token: bool = False, language_model: fl
     everything = batches()
     weights = [float(batch["loss_mask"].sum()) if per_token else 1.0 for batch in everything]
     factors = {"early": 0.5, "probe": 2.0, "class": 3.0}
-    total, values = torch.zeros((), dtype=torch.float64), dict[str, float]()
+    total, values, accuracy = torch.zeros((), dtype=torch.float64), dict[str, float](), 0.0
     for batch, weight in zip(everything, weights, strict=True):
         logits = model(batch["tokens"], use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
@@ -138,11 +139,18 @@ def by_transformers(folder: Path, *, per_token: bool = False, language_model: fl
         for name, value in _plain(states, heads, batch, folder).items():
             total = total + factors.get(name, 1.0) * share * value
             values[name] = values.get(name, 0.0) + share * value.item()
+        last = states["class"][torch.arange(SEQUENCES), batch["last"]]
+        right = (last @ heads["class.weight"].T).argmax(dim=1) == batch["classes"]
+        accuracy += share * right.sum().item() / (batch["classes"] != IGNORED).sum().item()
     total.backward()
     for handle in handles:
         handle.remove()
     gradients = {name: _grad(p) for name, p in model.named_parameters()}
-    return Truth(values=values, gradients=gradients | {f"state_heads.{name}": _grad(w) for name, w in heads.items()})
+    return Truth(
+        values=values,
+        accuracy=accuracy,
+        gradients=gradients | {f"state_heads.{name}": _grad(w) for name, w in heads.items()},
+    )
 
 
 def _grad(parameter: Tensor) -> Tensor:
