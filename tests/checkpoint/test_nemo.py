@@ -141,15 +141,24 @@ def cut(name: str, size: int) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no context": (lambda folder: shutil.rmtree(folder / "context"), "must hold `context/model.yaml`, as NeMo 2 writes"),
+    "no context": (
+        lambda folder: shutil.rmtree(folder / "context"),
+        "must hold `context/model.yaml`, as NeMo 2 writes",
+    ),
     "not yaml": (lambda f: (f / "context/model.yaml").write_text("{"), "must hold a readable `context/model.yaml` ("),
     "yaml that would build": (
         lambda f: (f / "context/model.yaml").write_text("!!python/object/apply:os.getcwd []"),
         "must hold a readable `context/model.yaml` (could not determine a constructor",
     ),
     "not an object": (lambda f: (f / "context/model.yaml").write_text("[]"), "must have an object in `context/model.y"),
-    "no weights": (lambda folder: shutil.rmtree(folder / "weights"), "must hold a `weights/metadata.json` of Megatron's"),
-    "no metadata": (lambda f: (f / "weights/.metadata").unlink(), "must hold `weights/.metadata`, which is written last"),
+    "no weights": (
+        lambda folder: shutil.rmtree(folder / "weights"),
+        "must hold a `weights/metadata.json` of Megatron's",
+    ),
+    "no metadata": (
+        lambda f: (f / "weights/.metadata").unlink(),
+        "must hold `weights/.metadata`, which is written last",
+    ),
     "cut metadata": (cut(".metadata", 100), "must hold a `weights/.metadata` of torch's distributed format ("),
     "cut file": (cut("*.distcp", 5000), "in `weights/__0_0.distcp`, as its .metadata says"),
     "no file": (
@@ -167,7 +176,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "Qwen3": (set_field(qk_layernorm=True), "config: qk_layernorm` must be False, as Qwen2 has it, but is True"),
     "no bias": (set_field(add_qkv_bias=False), "config: add_qkv_bias` must be True, as Qwen2 has it, but is False"),
     "experts": (set_field(num_moe_experts=8), "config: num_moe_experts` must be null, as Qwen2 has it, but is 8"),
-    "scaled rope": (set_field(seq_len_interpolation_factor=2.0), "seq_len_interpolation_factor` must be null, as Qwen2"),
+    "scaled rope": (
+        set_field(seq_len_interpolation_factor=2.0),
+        "seq_len_interpolation_factor` must be null, as Qwen2",
+    ),
     "scaled rope by name": (set_field(scale_factor=8.0), "config: scale_factor` must be absent: scaled rotary"),
     "window": (set_field(window_size=[128, 0]), "config: window_size` must be null, as Qwen2 has it"),
     "adapter": (set_field(model_transform={"_target_": "LoRA"}), "must be a whole model, not an adapter's checkpoint"),
@@ -197,7 +209,9 @@ def test_a_foreign_tensor_and_a_missing_one(huggingface: Path, tmp_path: Path) -
         open_weights(more, read_architecture(more))
     del tensors["decoder.layers.mlp.linear_fc2.weight"]
     less = craft(huggingface, tmp_path / "less", tensors=tensors)
-    with pytest.raises(CheckpointError, match=r"must hold the tensor `module\.decoder\.layers\.mlp\.linear_fc2\.weight`"):
+    with pytest.raises(
+        CheckpointError, match=r"must hold the tensor `module\.decoder\.layers\.mlp\.linear_fc2\.weight`"
+    ):
         open_weights(less, read_architecture(less))
 
 

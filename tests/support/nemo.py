@@ -56,8 +56,8 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
 
 
 def _may_have_children() -> None:
-    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
-    a rank, being one that ends with its parent, may not start."""
+    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266),
+    which a rank, being one that ends with its parent, may not start."""
     current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
@@ -80,7 +80,11 @@ def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
     _may_have_children()
     register_importer()
     with mock.patch.dict("os.environ"), as_if_torchrun(rank):
-        llm.import_ckpt(Qwen2Model(Qwen2Config(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)), f"hf://{source}", output_path=target)
+        llm.import_ckpt(
+            Qwen2Model(Qwen2Config(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=128)),
+            f"hf://{source}",
+            output_path=target,
+        )
 
 
 def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> None:
