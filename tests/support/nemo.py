@@ -138,3 +138,13 @@ def merged(
             found.append(({point: values.numpy() for point, values in states.items()}, wide, rounded))
         dist.barrier()
     return found
+
+
+def alone(rank: Rank, folder: Path, batch: Batch) -> Any:
+    """``final_norm`` by a process that has made no process groups."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    torch.set_num_threads(1)
+    model = Qwen2HiddenModel.from_pretrained(folder)
+    states = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=["final_norm"])
+    return next(iter(states.values())).numpy()
