@@ -55,7 +55,8 @@ def write_huggingface(
     config: dict[str, Any] = {**architecture.config, "tie_word_embeddings": tied}
     config |= {name: generation[name] for name in ("bos_token_id", "eos_token_id") if name in generation}
     if len(dtypes) == 1:
-        config["torch_dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[dtypes.pop()]
+        dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[dtypes.pop()]
+        config |= {"dtype": dtype, "torch_dtype": dtype}  # the name since transformers 4.56, and the one before
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _copy_tokenizer(source, to)
     if len(files) > 1:

@@ -1,8 +1,8 @@
-"""From a NeMo checkpoint, written in any layout, to the parameters of one rank, through Megatron's ``dist_checkpointing``.
+"""From a NeMo checkpoint, written in any layout, to one rank's parameters, through Megatron's ``dist_checkpointing``.
 
 Megatron's own sharded state dict of the model says which part of which tensor each parameter is; that part alone is
-read, into the parameter itself. Optimizer state, Megatron's ``common.pt`` and the modules' extra state (both pickles) are
-not asked for, and so not read.
+read, into the parameter itself. Optimizer state, Megatron's ``common.pt`` and the modules' extra state (both pickles)
+are not asked for, and so not read.
 """
 
 from collections.abc import Iterator, Sequence

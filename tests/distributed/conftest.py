@@ -14,8 +14,8 @@ from tests.support.models import Tiny, save_tiny
 
 @dataclass(frozen=True)
 class NemoFolders:
-    """Of one model: Hugging Face's folder; checkpoints with the same weights that NeMo wrote at TP2 x PP2, with the state
-    of the optimizer, and at one rank in bf16; LoRA adapters of it."""
+    """Of one model: Hugging Face's folder; checkpoints with the same weights that NeMo wrote at TP2 x PP2, with the
+    state of the optimizer, and at one rank in bf16; LoRA adapters of it."""
 
     huggingface: Path
     nemo: Path

@@ -15,7 +15,7 @@ from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.distributed.conftest import NemoFolders
 from tests.support.models import ragged_batch, relative_error, transformers_states
-from tests.support.nemo import lora_applied, merged
+from tests.support.nemo import alone, lora_applied, merged
 from tests.support.ranks import gathered, losses
 
 LAYOUTS = [Topology(), Topology(pp=3), Topology(tp=2, sp=True), Topology(tp=2, pp=2)]
@@ -34,6 +34,12 @@ def test_any_layout_opens_what_tp2_pp2_wrote(topology: Topology, nemo_folders: N
         np.testing.assert_array_equal(values, theirs[point], err_msg=str(point))
         for row, length in enumerate(batch.lengths):
             assert relative_error(torch.from_numpy(values[row, :length]), reference[row][point]) <= 5e-6
+
+
+def test_a_process_without_groups_opens_it_too(nemo_folders: NemoFolders, start_ranks: Start) -> None:
+    batch = ragged_batch((7, 3), vocab=384)
+    one, other = (start_ranks(1, alone, folder, batch)[0] for folder in (nemo_folders.huggingface, nemo_folders.nemo))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_half_precision_and_the_output_layer(nemo_folders: NemoFolders, start_ranks: Start) -> None:

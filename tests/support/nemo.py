@@ -56,8 +56,8 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
 
 
 def _may_have_children() -> None:
-    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266), which
-    a rank, being one that ends with its parent, may not start."""
+    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266),
+    which a rank, being one that ends with its parent, may not start."""
     current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
@@ -138,3 +138,13 @@ def merged(
             found.append(({point: values.numpy() for point, values in states.items()}, wide, rounded))
         dist.barrier()
     return found
+
+
+def alone(rank: Rank, folder: Path, batch: Batch) -> Any:
+    """``final_norm`` by a process that has made no process groups."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    torch.set_num_threads(1)
+    model = Qwen2HiddenModel.from_pretrained(folder)
+    states = model.hidden_states(batch.input_ids, lengths=batch.lengths, hook_points=["final_norm"])
+    return next(iter(states.values())).numpy()
