@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from nemo_qwen_hidden.config import FinetuneSettings, ParallelSettings, RunSettings, TrainSettings
+from nemo_qwen_hidden.config import (
+    CaptureSettings,
+    FinetuneSettings,
+    ParallelSettings,
+    RunSettings,
+    TrainSettings,
+    WatchSettings,
+)
 from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
 from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob, prepare
 from nemo_qwen_hidden.training.started import fit_started
 from tests.conftest import Start
+from tests.support.models import relative_error
 
+STATES = "states"
 TRAIN = TrainSettings(
     max_steps=8,
     lr=1e-3,
@@ -31,7 +42,13 @@ TRAIN = TrainSettings(
 
 
 def job_at(folder: Path, **parallel: Any) -> FinetuningJob:
-    settings = FinetuneSettings(train=TRAIN, run=RunSettings(path=str(folder)), parallel=ParallelSettings(**parallel))
+    settings = FinetuneSettings(
+        train=TRAIN,
+        run=RunSettings(path=str(folder)),
+        parallel=ParallelSettings(**parallel),
+        capture=CaptureSettings(hook_points=("resid_post@3",)),
+        watch=WatchSettings(store=str(folder / STATES), every=2),
+    )
     return prepare(settings, world=None)
 
 
@@ -46,7 +63,8 @@ def fit_until_killed(rank: Rank, job: FinetuningJob, step: int) -> None:
             if trainer.global_step == step and rank.rank == rank.world - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(run, "_watchers", lambda job: [Killer()]):
+    watchers = run._watchers(job)
+    with mock.patch.object(run, "_watchers", lambda job: [*watchers, Killer()]):
         fit_started(rank, job)
 
 
@@ -84,6 +102,11 @@ def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, 
     for name, tensor in expected.items():
         assert torch.equal(same[name], tensor), name
         assert torch.allclose(other[name], tensor, rtol=0, atol=1e-4), name
+    stores = [open_store(run / STATES) for run in (whole, killed, moved)]
+    assert [[step.step for step in store.steps] for store in stores] == [[0, 2, 4, 6]] * 3
+    states = [np.asarray(store["resid_post@3"][:], np.float32) for store in stores]
+    assert np.array_equal(states[1], states[0])
+    assert relative_error(torch.from_numpy(states[2]), torch.from_numpy(states[0])) < 1e-4
 
 
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Start) -> None:

@@ -37,7 +37,7 @@ TEXTS = ("import os\n", "def area(radius):\n    return radius ** 2\n", "x", "A c
 
 def test_recipes_are_listed_in_order() -> None:
     linked = re.findall(r"\]\((\w+)/README\.md\)", (RECIPES / "README.md").read_text())
-    assert linked[: len(NAMES) + 1] == [*NAMES, "steering"]
+    assert linked[: len(NAMES) + 2] == [*NAMES, "finetune_capture", "steering"]
     assert set(linked) == {folder.parent.name for folder in RECIPES.glob("*/README.md")}
 
 
