@@ -6,8 +6,8 @@ One run of NeMo's trainer on one rank. By turns of a few steps nothing is captur
 and dropped, and they are captured and written to a store: what else the machine does then falls on all alike. The first
 step of a turn is not counted, since the recorder's thread may still be writing states of the turn before; of the last
 turn of a round what is left over falls so on a step that counts for nobody. Waiting for the disk counts: a step that
-finds the recorder's queue full waits for it. On a machine that does other things as well, processor time, of all threads,
-says more than the time of the clock.
+finds the recorder's queue full waits for it. Where the machine does other things as well, processor time, of all
+threads, says more than the time of the clock.
 """
 
 import argparse

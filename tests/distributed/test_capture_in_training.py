@@ -1,6 +1,5 @@
 """``HiddenStatesCallback`` in NeMo's Trainer: it changes nothing, and every state comes once and is right."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,10 @@ def test_a_run_is_the_same_bit_by_bit(world: int, folder: Path, start_ranks: Sta
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_every_state_comes_once_and_is_that_of_a_plain_forward(world: int, folder: Path, start_ranks: Start) -> None:
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_every_state_comes_once_and_is_that_of_a_plain_forward(
+    world: int, recompute: str, folder: Path, start_ranks: Start
+) -> None:
     """Four microbatches a step, and a validation after each."""
     settings = {"hook_points": POINTS, "phases": ("train", "validation")}
     jobs = [
@@ -87,11 +89,10 @@ def test_every_state_comes_once_and_is_that_of_a_plain_forward(world: int, folde
             global_batch_size=8 * topology.dp,
             validation=8 * topology.dp,
             topology=topology,
-            model=recompute,
+            model=RECOMPUTE[recompute],
             trainer={"val_check_interval": 1},
         )
         for topology in LAYOUTS[world]
-        for recompute in RECOMPUTE.values()
     ]
     runs = [Capturing(job=job, settings=settings, weights=True) for job in jobs]
     ranks = start_ranks(world, capture_in_training, folder, runs)
@@ -188,11 +189,11 @@ def test_padding_is_left_out_and_packed_documents_do_not_see_each_other(folder: 
         for sample, tokens in enumerate(blocks):
             start = 0
             for length in parts or (length_of(tokens[0]),):
-                expected = expected_states(model, tokens[start : start + length], POINTS)
-                for (point, position), state in expected.items():
-                    mine = found[sample, point, start + position]
-                    assert np.linalg.norm(mine - state) / np.linalg.norm(state) < PRECISE, (sample, point, position)
-                    count += 1
+                for point, expected in expected_states(model, [tokens[start : start + length]], POINTS).items():
+                    for position, state in enumerate(expected[0]):
+                        mine = found[sample, point, start + position]
+                        assert np.linalg.norm(mine - state) / np.linalg.norm(state) < PRECISE, (sample, point, position)
+                        count += 1
                 start += length
             assert ranks[0].samples["train", 0, sample] == tokens[:start]
         assert len(states) == len(found) == count
@@ -210,26 +211,32 @@ def check(folder: Path, job: Job, ranks: list[Captured]) -> None:
     states = [each for rank in ranks for each in rank.states]
     found = dict(states)
     assert len(found) == len(states), "a state came twice"
-    models = {step: transformers_model(folder, _weights(ranks, step)) for step in ranks[0].weights}
     expected = 0
-    for phase, step, sample, tokens in samples_of(job):
-        assert all(rank.samples.get((phase, step, sample), tokens) == tokens for rank in ranks)
-        microbatch = sample % job.global_batch_size // (job.micro_batch_size * job.topology.dp)
-        for (point, position), state in expected_states(models[step], tokens, POINTS).items():
-            mine = found[State(phase, step, microbatch, sample, point, position)]
-            error = np.linalg.norm(mine - state) / np.linalg.norm(state)
-            assert error < PRECISE, (job.topology, job.model, phase, step, sample, point, position)
-            expected += 1
+    for (phase, step), samples in samples_of(job).items():
+        model = transformers_model(folder, _weights(ranks, step))
+        references = expected_states(model, list(samples.values()), POINTS)
+        for place, (sample, tokens) in enumerate(samples.items()):
+            assert all(rank.samples.get((phase, step, sample), tokens) == tokens for rank in ranks)
+            microbatch = sample % job.global_batch_size // (job.micro_batch_size * job.topology.dp)
+            for point, reference in references.items():
+                for position, state in enumerate(reference[place]):
+                    mine = found[State(phase, step, microbatch, sample, point, position)]
+                    error = np.linalg.norm(mine - state) / np.linalg.norm(state)
+                    assert error < PRECISE, (job.topology, job.model, phase, step, sample, point, position)
+                    expected += 1
     assert len(found) == expected == 4 * job.global_batch_size * SEQ_LENGTH * len(POINTS)
 
 
-def samples_of(job: Job) -> Iterator[tuple[str, int, int, list[int]]]:
-    """Phase, step, number and token ids of every sample, by Megatron's way of giving them out."""
-    for number, block in enumerate(batch_blocks(job.steps * job.global_batch_size)):
-        yield "train", number // job.global_batch_size, number, block[:-1].tolist()
-    for number, block in enumerate(batch_blocks(job.validation, seed=12)):
-        for step in range(job.steps):
-            yield "validation", step + 1, number, block[:-1].tolist()
+def samples_of(job: Job) -> dict[tuple[str, int], dict[int, list[int]]]:
+    """By phase and step the number and the tokens of every sample, in Megatron's way of giving them out."""
+    size = job.global_batch_size
+    train, validation = batch_blocks(job.steps * size)[:, :-1], batch_blocks(job.validation, seed=12)[:, :-1]
+    found = {}
+    for step in range(job.steps):
+        numbers = range(step * size, (step + 1) * size)
+        found["train", step] = {number: train[number].tolist() for number in numbers}
+        found["validation", step + 1] = {number: block.tolist() for number, block in enumerate(validation)}
+    return found
 
 
 def _weights(ranks: list[Captured], step: int) -> dict[str, np.ndarray]:

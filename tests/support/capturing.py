@@ -244,15 +244,15 @@ def transformers_model(folder: Path, weights: dict[str, np.ndarray]) -> Any:
     return model
 
 
-def expected_states(model: Any, token_ids: Sequence[int], points: Sequence[str]) -> dict[tuple[str, int], np.ndarray]:
-    """States of one sample by hook point and position, by hooks on transformers' modules."""
+def expected_states(model: Any, token_ids: Sequence[Sequence[int]], points: Sequence[str]) -> dict[str, np.ndarray]:
+    """States [samples, tokens, width] by hook point, by hooks on transformers' modules."""
     taken: dict[str, torch.Tensor] = {}
     handles = []
 
     def take(point: str, module: Any, *, given: bool = False) -> None:
         def hook(_module: Any, inputs: Any, output: Any) -> None:
             state = inputs[0] if given else output[0] if isinstance(output, tuple) else output
-            taken[point] = state[0]
+            taken[point] = state
 
         handles.append(module.register_forward_hook(hook))
 
@@ -271,7 +271,7 @@ def expected_states(model: Any, token_ids: Sequence[int], points: Sequence[str])
         }
         take(point, modules[site], given=site in ("z", "mlp_act"))
     with torch.no_grad():
-        decoder(torch.tensor([list(token_ids)]))
+        decoder(torch.tensor(token_ids))
     for handle in handles:
         handle.remove()
-    return {(point, place): row.numpy() for point, state in taken.items() for place, row in enumerate(state)}
+    return {point: state.numpy() for point, state in taken.items()}
