@@ -239,8 +239,8 @@ class WatchSettings:
     store: the folder of the store for states of the run's own samples; None captures none. phases: of ``train`` and
     ``validation``. probe_store: the folder of the store for states of the same documents after every so many steps;
     None runs none. probe_data: these documents, as ``data.path``; None stands for the embedded text. probe_documents:
-    the first so many; None for all. probe_labels: what a linear probe tells apart in the drift that is logged, a field of
-    their records or ``repeated``; None trains none. every: steps between captures, of both kinds.
+    the first so many; None for all. probe_labels: what a linear probe tells apart in the drift that is logged, a field
+    of their records or ``repeated``; None trains none. every: steps between captures, of both kinds.
     """
 
     store: str | None = None

@@ -33,7 +33,7 @@ class TrainingStep:
     tokens_per_second: float
 
 
-Event = Phase | Progress
+Event = Phase | Progress | TrainingStep
 Report = Callable[[Event], None]
 
 

@@ -20,7 +20,7 @@ from nemo_qwen_hidden.cli.conf_folder import conf_folder
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 
-T = TypeVar("T", Settings, FinetuneSettings)
+T = TypeVar("T", bound=Settings | FinetuneSettings)
 
 _RULES = {
     int: "must be a whole number",

@@ -207,9 +207,10 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
 
 def _unwrapped(module: nn.Module) -> Any:
     """Megatron's model, under what NeMo's strategy wraps around it for training."""
-    while not isinstance(module, MCoreGPTModel):
-        module = module.module
-    return module
+    found: Any = module
+    while not isinstance(found, MCoreGPTModel):
+        found = found.module
+    return found
 
 
 def _checked_stages(

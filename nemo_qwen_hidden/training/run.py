@@ -163,7 +163,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
     """Callbacks that capture hidden states while the model trains."""
     watch, points, watchers = job.settings.watch, [str(point) for point in job.points], list[Callback]()
     stored, nonfinite = job.settings.precision.stored, job.settings.precision.nonfinite
-    chosen = {"hook_points": points, "every": watch.every, "dtype": stored, "nonfinite": nonfinite}
+    chosen: dict[str, Any] = {"hook_points": points, "every": watch.every, "dtype": stored, "nonfinite": nonfinite}
     if watch.store is not None:
         store = os.path.expanduser(watch.store)
         watchers.append(HiddenStatesCallback(to=store, phases=watch.phases, **chosen))
