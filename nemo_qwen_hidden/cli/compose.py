@@ -20,7 +20,7 @@ from nemo_qwen_hidden.cli.conf_folder import conf_folder
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 
-T = TypeVar("T", bound=Settings | FinetuneSettings)
+T = TypeVar("T", Settings, FinetuneSettings)
 
 _RULES = {
     int: "must be a whole number",
@@ -51,12 +51,16 @@ def compose_finetuning(texts: Sequence[str], *, config: str | None = None) -> Fi
 def _composed(texts: Sequence[str], config: str | None, kind: type[T], root: str) -> T:
     asked = overrides.read(texts, kind)
     file = config_file.read(config, kind) if config is not None else config_file.ConfigFile(presets={}, values={})
-    presets = [f"{group}={preset}" for group, preset in file.presets.items() if group not in asked.groups]
-    tree = _hydra(root, [*presets, *asked.texts])
+    tree = _hydra(root, [*_presets(file, asked), *asked.texts])
     for key, value in file.values.items():
         if key not in asked.keys and key.partition(".")[0] not in asked.groups:
             OmegaConf.update(tree, key, value, merge=False)
     return _typed(tree, kind)
+
+
+def _presets(file: config_file.ConfigFile, asked: overrides.Overrides) -> list[str]:
+    """Of a file, those of groups that the command line does not choose."""
+    return [f"{group}={preset}" for group, preset in file.presets.items() if group not in asked.groups]
 
 
 def _hydra(root: str, texts: list[str]) -> DictConfig:

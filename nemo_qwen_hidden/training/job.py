@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
@@ -40,7 +41,7 @@ class FinetuningJob:
         return self.run_path.with_name(f"{self.run_path.name}.log")
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, Any]:
         """Names in JSONL and Parquet, as ``data.sources`` takes them."""
         data = self.settings.data
         return {"text_field": data.text_field, "messages_field": data.messages_field, "id_field": data.id_field}
