@@ -158,7 +158,7 @@ def configure_training(
     vocab_size = architecture.shape.vocab_size
     if vocab_size % topology.tp:
         raise ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
-    wanted = dict(
+    wanted: dict[str, Any] = dict(
         output_layer=True,
         weights=str(folder),
         # Megatron marks what is split over tp while it initialises; norms of gradients and the optimizer go by that.

@@ -187,7 +187,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
             pipeline.run(mine, tokens, on_host, done)
 
 
-def _unwrapped(module: nn.Module) -> Any:
+def _unwrapped(module: Any) -> Any:
     """Megatron's model, under what NeMo's strategy wraps around it for training."""
     while not isinstance(module, MCoreGPTModel):
         module = module.module
