@@ -35,7 +35,8 @@ class TrainingStep:
 
 Event = Phase | Progress | TrainingStep
 Report = Callable[[Event], None]
+TrainingReport = Callable[[Phase | TrainingStep], None]
 
 
-def silent(event: Event) -> None:
+def silent(event: object) -> None:
     """Shows nothing."""

@@ -7,7 +7,7 @@ imported to refuse a setting.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -17,10 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_qwen_hidden.cli import config_file, known, overrides
 from nemo_qwen_hidden.cli.conf_folder import conf_folder
+from nemo_qwen_hidden.cli.known import Kind
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
-
-T = TypeVar("T", Settings, FinetuneSettings)
 
 _RULES = {
     int: "must be a whole number",
@@ -40,15 +39,15 @@ def compose(texts: Sequence[str], *, config: str | None = None) -> Settings:
     Raises:
         UserError: one problem, or ``ConfigErrors`` with all of them.
     """
-    return _composed(texts, config, Settings, "config")
+    return cast(Settings, _composed(texts, config, Settings, "config"))
 
 
 def compose_finetuning(texts: Sequence[str], *, config: str | None = None) -> FinetuneSettings:
     """As ``compose``, the settings of a fine-tuning run."""
-    return _composed(texts, config, FinetuneSettings, "finetune")
+    return cast(FinetuneSettings, _composed(texts, config, FinetuneSettings, "finetune"))
 
 
-def _composed(texts: Sequence[str], config: str | None, kind: type[T], root: str) -> T:
+def _composed(texts: Sequence[str], config: str | None, kind: Kind, root: str) -> Any:
     asked = overrides.read(texts, kind)
     file = config_file.read(config, kind) if config is not None else config_file.ConfigFile(presets={}, values={})
     tree = _hydra(root, [*_presets(file, asked), *asked.texts])
@@ -71,7 +70,7 @@ def _hydra(root: str, texts: list[str]) -> DictConfig:
             raise ConfigError("settings", f"must compose ({_first_line(problem)})", texts) from problem
 
 
-def _typed(tree: DictConfig, kind: type[T]) -> T:
+def _typed(tree: DictConfig, kind: Kind) -> Any:
     """``tree`` as settings: every value of its field's type, every problem reported at once."""
     schema = OmegaConf.structured(kind)
     for group in known.groups(kind):  # The dataclasses are frozen, which OmegaConf takes for read-only.
@@ -89,7 +88,7 @@ def _typed(tree: DictConfig, kind: type[T]) -> T:
             except ConfigError as problem:
                 problems.append(problem)
     raise_all(problems)
-    settings = cast(T, OmegaConf.to_object(schema))
+    settings: Any = OmegaConf.to_object(schema)
     return replace(settings, **{group: _with_tuples(getattr(settings, group)) for group in known.groups(kind)})
 
 

@@ -10,7 +10,7 @@ from nemo_qwen_hidden.cli.conf_folder import conf_folder
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import ConfigError
 
-Kind = type[Settings] | type[FinetuneSettings]
+Kind = type[Settings | FinetuneSettings]
 
 
 def groups(kind: Kind = Settings) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ most used settings (--settings lists all, with their defaults and presets):
 Trains with NeMo's own trainer, strategy, optimizer and checkpoints. After
 Ctrl-C or a crash the same command goes on from the last checkpoint, in any
 layout. Without torchrun, the ranks asked for are started on this machine, which
-then must have no GPU. Libraries' messages go to log.txt in the run's folder.
+then must have no GPU. Libraries' messages go to FOLDER.log.
 
 examples:
   nemo-qwen-hidden finetune run.path=out/run parallel.tp=2

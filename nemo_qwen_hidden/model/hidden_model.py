@@ -205,7 +205,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
             pipeline.run(mine, tokens, on_host, done)
 
 
-def _unwrapped(module: nn.Module) -> Any:
+def _unwrapped(module: Any) -> Any:
     """Megatron's model, under what NeMo's strategy wraps around it for training."""
     found: Any = module
     while not isinstance(found, MCoreGPTModel):

@@ -20,7 +20,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, configure_training
 from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
-from nemo_qwen_hidden.progress import Phase, Report, TrainingStep, silent
+from nemo_qwen_hidden.progress import Phase, TrainingReport, TrainingStep, silent
 from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 from nemo_qwen_hidden.training.data import TextData
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
 
 
 def fit(
-    job: FinetuningJob, *, report: Report = silent, pulse: Pulse | None = None, rendezvous: Path | None = None
+    job: FinetuningJob, *, report: TrainingReport = silent, pulse: Pulse | None = None, rendezvous: Path | None = None
 ) -> None:
     """Trains, or goes on from the run's last checkpoint, to ``train.max_steps``. Collective over all ranks.
 
@@ -176,8 +176,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
                 max_documents=watch.probe_documents,
                 labels=watch.probe_labels,
                 tokenizer=job.model_folder,
-                **job.fields,
-                **chosen,
+                **chosen | job.fields,
             )
         )
     return watchers
@@ -186,7 +185,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
 class _Progress(Callback):
     """Tells of each step what NeMo has logged of it."""
 
-    def __init__(self, job: FinetuningJob, report: Report, pulse: Pulse) -> None:
+    def __init__(self, job: FinetuningJob, report: TrainingReport, pulse: Pulse) -> None:
         self._train, self._report, self._pulse = job.settings.train, report, pulse
         self._begun, self._path = job.begun, job.run_path / CHECKPOINTS
         self._since, self._steps = time.perf_counter(), 0

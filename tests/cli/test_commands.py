@@ -25,6 +25,7 @@ from nemo_qwen_hidden import open_store
 from nemo_qwen_hidden.cli import known
 from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.cli.runner import Log
+from nemo_qwen_hidden.config import FinetuneSettings
 from nemo_qwen_hidden.errors import StoreNotFoundError
 from tests.support.models import TINY
 
@@ -311,6 +312,7 @@ HELP = {
     "plan": ["--settings", "Loads no weights", "model.path=", "--gpus", "--tokens", "--shape", "examples:"],
     "convert": ["SOURCE", "TARGET", "NeMo 2", "--quiet", "examples:", "docs/checkpoints.md"],
     "inspect": ["--json", "STORE", "open_store"],
+    "finetune": ["--settings", "run.path=", "train.max_steps=", "watch.store=", "torchrun", "last checkpoint", "log"],
     "doctor": ["--against", "--documents", "--tokens", "--json", "model.path=", "transformers", "exit status"],
 }
 
@@ -324,7 +326,7 @@ def test_help(command: str, mentioned: list[str], capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert [text for text in mentioned if text.lower() not in out.lower()] == []
     assert max(map(len, out.splitlines())) <= 80
-    assert set(re.findall(r"([a-z]+\.[a-z_]+)=", out)) <= set(known.kinds())
+    assert set(re.findall(r"([a-z]+\.[a-z_]+)=", out)) <= {*known.kinds(), *known.kinds(FinetuneSettings)}
 
 
 def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
