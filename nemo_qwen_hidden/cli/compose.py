@@ -84,8 +84,8 @@ def _typed(tree: DictConfig, kind: Kind) -> Any:
             except ConfigError as problem:
                 problems.append(problem)
     raise_all(problems)
-    settings: Any = OmegaConf.to_object(schema)
-    return replace(settings, **{group: _with_tuples(getattr(settings, group)) for group in known.groups(kind)})
+    made: Any = OmegaConf.to_object(schema)
+    return replace(made, **{group: _with_tuples(getattr(made, group)) for group in known.groups(kind)})
 
 
 def _with_tuples(settings: Any) -> Any:
