@@ -131,8 +131,8 @@ examples:
 
 _FINETUNE = """\
 most used settings (--settings lists all, with their defaults and presets):
-  run.path=FOLDER                checkpoints, TensorBoard's events and logs: new,
-                                 or a run to go on with
+  run.path=FOLDER                for checkpoints, TensorBoard's events and logs:
+                                 new, or a run to go on with
   model.path=FOLDER_OR_HUB_ID    a Qwen2 or Qwen2.5; else the embedded one
   data.path=FILE_FOLDER_OR_GLOB  text, JSONL, Parquet; else the embedded text
   train.max_steps=200 train.lr=1e-4 train.seq_length=512
