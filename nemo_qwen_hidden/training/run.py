@@ -92,12 +92,13 @@ def _model(job: FinetuningJob) -> Qwen2Model:
 
 def _tokenizer(job: FinetuningJob) -> AutoTokenizer | None:
     """The model's, for the checkpoints; out of a folder with nothing else, which NeMo copies whole into each."""
-    if not (job.model_folder / "tokenizer.json").is_file():
+    given = job.tokenizer_folder
+    if not (given / "tokenizer.json").is_file():
         return None  # the data are token ids
     folder = job.run_path / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        source, own = job.model_folder / name, folder / f".{name}.{os.getpid()}"
+        source, own = given / name, folder / f".{name}.{os.getpid()}"
         if source.is_file():
             shutil.copyfile(source, own)
             own.replace(folder / name)  # whole at once: other ranks do the same
@@ -175,7 +176,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
                 documents=watch.probe_data,
                 max_documents=watch.probe_documents,
                 labels=watch.probe_labels,
-                tokenizer=job.model_folder,
+                tokenizer=job.tokenizer_folder,
                 **chosen | job.fields,
             )
         )

@@ -15,11 +15,13 @@ import torch
 from nemo_qwen_hidden.config import (
     CaptureSettings,
     FinetuneSettings,
+    ModelSettings,
     ParallelSettings,
     RunSettings,
     TrainSettings,
     WatchSettings,
 )
+from nemo_qwen_hidden.conversion import convert
 from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.store.read.reader import open_store
@@ -107,6 +109,28 @@ def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, 
     states = [np.asarray(store["resid_post@3"][:], np.float32) for store in stores]
     assert np.array_equal(states[1], states[0])
     assert relative_error(torch.from_numpy(states[2]), torch.from_numpy(states[0])) < 1e-4
+
+
+def test_a_run_begins_from_the_checkpoint_of_another(tmp_path: Path, start_ranks: Start) -> None:
+    def one_step(name: str, model: Path | None) -> FinetuningJob:
+        job = job_at(tmp_path / name)
+        train = replace(TRAIN, max_steps=1, validation_part=0.0)
+        path = None if model is None else str(model)
+        return prepare(replace(job.settings, train=train, model=ModelSettings(path=path)), world=None)
+
+    first = one_step("first", None)
+    start_ranks(1, fit_started, first)
+    checkpoint = next((first.run_path / CHECKPOINTS).glob("*-last"))
+    convert(str(checkpoint), str(tmp_path / "huggingface"))
+    made = {}
+    for name, model in (("nemo", checkpoint), ("converted", tmp_path / "huggingface")):
+        start_ranks(1, fit_started, one_step(name, model))
+        made[name] = tensors_of(tmp_path / name)
+    begun = tensors_of(first.run_path)
+    weights = [name for name in begun if "exp_avg" not in name and "linear_fc1.weight" in name]
+    assert weights and not any(torch.equal(made["nemo"][name], begun[name]) for name in weights)
+    assert made["nemo"].keys() == made["converted"].keys()
+    assert all(torch.equal(made["converted"][name], tensor) for name, tensor in made["nemo"].items())
 
 
 def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Start) -> None:
