@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.read.reader import Store
+from nemo_qwen_hidden.store.read.reader import Store, StoredDocument
 from nemo_qwen_hidden.store.read.steps import StepView
 from nemo_qwen_hidden.store.read.tokens import PartTokens
 
@@ -102,6 +102,6 @@ class ProbeSet:
         size = max(1, BLOCK_NUMBERS // self.width(hook_point))
         return (states[start : start + size] for start in range(0, len(states), size))
 
-    def _at(self, step: int) -> StepView:
+    def _at(self, step: int) -> StepView[StoredDocument]:
         """UnknownStepError where it was not captured."""
         return self._store.at(step=step, phase=PHASE)

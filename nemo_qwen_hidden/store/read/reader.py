@@ -254,7 +254,7 @@ class Store:
     def _steps(self) -> dict[tuple[str, int], StepEntry]:
         return {(entry.phase, entry.step): entry for entry in self.steps}
 
-    def at(self, *, step: int, phase: str | None = None) -> StepView:
+    def at(self, *, step: int, phase: str | None = None) -> "StepView[StoredDocument]":
         """One captured step, to be read as if it were a store of its own. phase: may be left out where the store has
         steps of one phase alone.
 

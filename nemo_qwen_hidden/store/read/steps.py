@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,14 +15,16 @@ from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.rows import Rows, resolve
-from nemo_qwen_hidden.store.read.tokens import PartTokens
+from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.statistics import Statistics
 
 if TYPE_CHECKING:
     import torch
 
-    from nemo_qwen_hidden.store.read.reader import Store, StoredDocument
+    from nemo_qwen_hidden.store.read.stored import StoredStates
     from nemo_qwen_hidden.store.read.views import HookPointView
+
+Document = TypeVar("Document", covariant=True)
 
 
 class UnknownStepError(StoreError, KeyError):
@@ -46,14 +48,43 @@ class StepEntry:
     documents: range
 
 
-class StepView:
+class WholeStore(Protocol[Document]):
+    """What a view of a step needs of its store, ``reader.Store``, which says more of each."""
+
+    path: Path | str
+    manifest: Manifest
+    tokens: TokenTable
+
+    @property
+    def hook_points(self) -> tuple[str, ...]: ...
+
+    @property
+    def dtype(self) -> "torch.dtype": ...
+
+    @property
+    def final_norm(self) -> "tuple[torch.Tensor, float]": ...
+
+    def __getitem__(self, hook_point: str | HookPoint) -> "HookPointView": ...
+
+    def __contains__(self, hook_point: object) -> bool: ...
+
+    def document(self, index: int) -> Document: ...
+
+    def stored(self, states: Rows, views: "Sequence[HookPointView]") -> "list[StoredStates]": ...
+
+    def divisor(self, hook_point: str | HookPoint, states: Rows) -> "torch.Tensor": ...
+
+    def statistics(self, hook_point: str | HookPoint, shards: range | None = None) -> Statistics: ...
+
+
+class StepView(Generic[Document]):
     """One captured step: everything counts from 0 in it. Made by ``Store.at``; reads nothing by itself.
 
     ``view["resid_post@3"]`` gives the states at a hook point, [K, H], as that of a store does, ``view.tokens`` the
     token table, ``view.document(0)`` the first sample.
     """
 
-    def __init__(self, store: "Store", entry: StepEntry) -> None:
+    def __init__(self, store: WholeStore[Document], entry: StepEntry) -> None:
         self._store, self.entry = store, entry
         self.path: Path | str = store.path
 
@@ -110,7 +141,7 @@ class StepView:
     def __contains__(self, hook_point: object) -> bool:
         return hook_point in self._store
 
-    def document(self, index: int) -> "StoredDocument":
+    def document(self, index: int) -> Document:
         """Sample number ``index`` of the step, as a document of the store; IndexError where there is none."""
         return self._store.document(self.entry.documents[index])
 
