@@ -283,6 +283,10 @@ def check_finetuning(settings: FinetuneSettings) -> None:
         value = getattr(train, name)
         if value is not None and not bound <= value < math.inf:  # nor NaN
             problems.append(ConfigError(f"train.{name}", f"must be at least {bound}", value))
+    if train.min_lr > train.lr:
+        problems.append(ConfigError("train.min_lr", f"must be at most `train.lr` ({train.lr})", train.min_lr))
+    if train.seed >= 2**32:
+        problems.append(ConfigError("train.seed", "must be below 2**32", train.seed))
     if not 0 <= train.validation_part < 1:
         rule = "must be at least 0, for no validation, and below 1"
         problems.append(ConfigError("train.validation_part", rule, train.validation_part))

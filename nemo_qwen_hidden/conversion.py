@@ -46,7 +46,11 @@ def convert(source: str, target: str, *, report: Report = silent) -> Converted:
     beside = to.with_name(f".{to.name}.converting")
     if beside.exists():
         shutil.rmtree(beside)  # of a conversion that was killed
-    beside.mkdir()
+    try:
+        beside.mkdir()
+    except OSError as error:
+        rule = f"must lie in a folder that can be written ({error.strerror})"
+        raise CheckpointError("TARGET", rule, target) from error
     try:
         direction = TO_HUGGINGFACE if is_nemo(folder) else TO_NEMO
         report(Phase(direction))

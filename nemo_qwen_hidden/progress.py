@@ -33,7 +33,7 @@ class TrainingStep:
     tokens_per_second: float
 
 
-Event = Phase | Progress | TrainingStep
+Event = Phase | Progress
 Report = Callable[[Event], None]
 TrainingReport = Callable[[Phase | TrainingStep], None]
 

@@ -21,7 +21,6 @@ def run(parsed: argparse.Namespace, job: FinetuningJob) -> int:
         KeyboardInterrupt: all ranks have ended, and the text says what is left.
     """
     with Terminal(quiet=parsed.quiet or not launch.is_first_rank()) as terminal:
-        job.run_path.mkdir(parents=True, exist_ok=True)
         teller = _Teller(terminal)
         try:
             if launch.launched_world() is None:
@@ -67,9 +66,26 @@ def _be_a_rank(job: FinetuningJob, terminal: Terminal, teller: "_Teller") -> Non
                 raise PeerError from error
             raise
         except UserError as error:
-            if not launch.is_first_of_machine():  # each rank finds the same, but what one alone has read
+            if not _says():
                 raise PeerError(USER_ERROR) from error
             raise
+        except SystemExit as end:  # Lightning's answer to an interrupt (trainer/call.py of 2.4)
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from end
+            raise
+
+
+def _says() -> bool:
+    """Whether this rank of torchrun's is the one to say what went wrong: the first that came upon it, and before ranks
+    know each other the first of each machine, since all find the same then."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    from nemo_qwen_hidden.parallel.peers import first_to_fail
+
+    if not dist.is_initialized():
+        return launch.is_first_of_machine()
+    return first_to_fail(_get_default_store())
 
 
 def _left(job: FinetuningJob) -> str:

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from nemo_qwen_hidden.cli import PROGRAM
 from nemo_qwen_hidden.progress import Event, Phase
-from nemo_qwen_hidden.progress import Progress as Rows
 
 SI = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -128,7 +127,6 @@ class Bar:
         if isinstance(event, Phase):
             self._begin(event.text)
             return
-        assert isinstance(event, Rows), "steps of training are told to cli/finetune.py"
         self._rows[event.replica] = event.rows
         heard = sum(self._rows.values()) * self._replicas // len(self._rows)
         self._bar.update(self._task, completed=heard, total=self._total)

@@ -14,6 +14,16 @@ from nemo_qwen_hidden.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What a tokenizer's folder may hold, to be copied with it."""
 _FILES = "tokenizer.json, or vocab.json and merges.txt"
 # as transformers looks for it (utils/chat_template_utils.py, render_jinja_template)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

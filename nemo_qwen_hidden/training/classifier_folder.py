@@ -9,10 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, TensorFiles
+from nemo_qwen_hidden.data.tokenizer import TOKENIZER_FILES
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.training.losses import SCORE, SINGLE_LABEL
-
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 def save_classifier(decoder: Path, score: Tensor, to: Path, *, pad_token_id: int, problem: str = SINGLE_LABEL) -> None:
@@ -50,7 +49,7 @@ def save_classifier(decoder: Path, score: Tensor, to: Path, *, pad_token_id: int
     }
     to.mkdir(parents=True)
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
-    for name in _TOKENIZER:
+    for name in TOKENIZER_FILES:
         if (decoder / name).is_file():
             shutil.copyfile(decoder / name, to / name)
     (to / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

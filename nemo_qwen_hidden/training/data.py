@@ -23,12 +23,11 @@ from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
-from nemo_qwen_hidden.errors import DataError
-from nemo_qwen_hidden.training.job import FinetuningJob
+from nemo_qwen_hidden.errors import ConfigError, DataError, raise_all
+from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
 
 Sample = dict[str, Tensor]
 END_OF_TEXT = "<|endoftext|>"
-RECORD = "data.json"
 
 
 class Blocks(Dataset[Sample]):
@@ -149,7 +148,7 @@ class TextData(BlockData):
             global_batch_size=train.global_batch_size,
             seed=train.seed,
         )
-        self._job, self._folder = job, job.run_path / "data"
+        self._job, self._folder = job, job.run_path / DATA
 
     def prepare_data(self) -> None:
         """Called by Lightning on the first rank of each machine.
@@ -182,14 +181,29 @@ class TextData(BlockData):
         self._train, self._validation = (torch.from_numpy(arrays[name]) for name in ("train", "validation"))
 
     def _record(self, origin: dict[str, Any]) -> None:
-        file = self._folder / RECORD
-        if self._job.begun and file.is_file() and (before := json.loads(file.read_text())) != origin:
-            rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut ({before})"
-            raise DataError("data.path", rule, origin)
+        file, train = self._folder / DATA_RECORD, self._job.settings.train
+        schedule = {name: getattr(train, name) for name in SCHEDULE}
+        if self._job.begun and file.is_file():
+            before = json.loads(file.read_text())
+            known = before.pop("schedule")
+            if before != origin:
+                rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut"
+                raise DataError("data.path", f"{rule} ({before})", origin)
+            where = f"as the run at {self._job.run_path} was begun"
+            raise_all(
+                [
+                    ConfigError(f"train.{name}", f"must be {known[name]}, {where}", value)
+                    for name, value in schedule.items()
+                    if known[name] != value
+                ]
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(origin) + "\n")
+        file.write_text(json.dumps({**origin, "schedule": schedule}) + "\n")
 
 
+SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "seed")
+"""Settings that a run goes on with as it was begun: a checkpoint has the learning rates, and the order of samples
+follows from the seed."""
 _PURPOSE = {"train": "train with", "validation": "validate with (or none: `train.validation_part` 0)"}
 
 

@@ -45,6 +45,8 @@ class StepInProgress:
         self._microbatches += numbering.microbatches
 
         def fed(number: int) -> Fed | None:
+            if number >= numbering.microbatches:
+                return None  # one forward too many, which the observer refuses
             if number not in found:
                 found[number] = self._feed(self._batch(noted, numbering, number), numbering, number, first + number)
             return found[number]

@@ -8,6 +8,7 @@ from typing import Any
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.locate import locate
+from nemo_qwen_hidden.checkpoint.nemo_context import is_nemo, read_context
 from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import FinetuneSettings, check_finetuning
 from nemo_qwen_hidden.data.sources import check_path
@@ -15,10 +16,15 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
+from nemo_qwen_hidden.store.write.session import exists
 from nemo_qwen_hidden.topology import Topology, model_problems
 
 CHECKPOINTS = "checkpoints"
 """Where NeMo keeps the checkpoints of a run (``lightning/nemo_logger.py`` of 2.7.3)."""
+UNFINISHED = "-unfinished"
+"""Ends the name of the mark (``ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX`` of NeMo 2.7.3)."""
+DATA, DATA_RECORD = "data", "data.json"
+"""Blocks of tokens in the run's folder, and the file beside them that says of what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +59,29 @@ class FinetuningJob:
         return tokenizer_folder(self.model_folder) if named is None else locate(named, "model.tokenizer")
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one: data that are token ids need none."""
+        if self.settings.model.tokenizer is None and is_nemo(self.model_folder):
+            return isinstance(read_context(self.model_folder, "model.path").get("tokenizer"), dict)
+        return any((self.tokenizer_folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+    @property
     def begun(self) -> bool:
         """Whether the run has a checkpoint that it goes on from."""
-        return any((self.run_path / CHECKPOINTS).glob("*-last"))
+        return bool(self.checkpoints)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Whole ones that the run can go on from, the latest last."""
+        unfinished = set(self.unfinished)
+        found = [path for path in (self.run_path / CHECKPOINTS).glob("*-last") if path not in unfinished]
+        return sorted(found, key=lambda path: path.stat().st_mtime)
+
+    @property
+    def unfinished(self) -> list[Path]:
+        """Checkpoints that a crash has cut off; NeMo marks each with a file beside it until it is whole."""
+        marks = (self.run_path / CHECKPOINTS).glob(f"*{UNFINISHED}")
+        return [path.with_name(path.name.removesuffix(UNFINISHED)) for path in marks]
 
 
 def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
@@ -73,6 +99,7 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     run_path = Path(os.path.abspath(os.path.expanduser(settings.run.path)))
     if run_path.exists() and not run_path.is_dir():
         raise ConfigError("run.path", "must be a folder, or nothing yet", str(run_path))
+    _require_own(run_path, settings)
     folder = locate(settings.model.path)
     architecture = read_architecture(folder)
     shape = architecture.shape
@@ -84,6 +111,9 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         ffn_hidden_size=shape.ffn_hidden_size,
     )
     problems += _training_problems(settings, architecture, topology)
+    if settings.train.keep_checkpoints and "step" in str(run_path):
+        rule = "must have no `step` in it where `train.keep_checkpoints` is above 0: NeMo 2.7.3 looks for it there"
+        problems.append(ConfigError("run.path", rule, str(run_path)))
     if settings.model.adapter is not None:
         rule = "must be null: training starts from whole weights"
         problems.append(ConfigError("model.adapter", rule, settings.model.adapter))
@@ -103,7 +133,25 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         run_path=run_path,
     )
     check_path(data_path, **job.fields)
+    if not job.begun:
+        for name in ("store", "probe_store"):
+            path = getattr(settings.watch, name)
+            if path is not None and exists(Path(path).expanduser()):
+                rule = "must be a new folder where the run begins; a run that has a checkpoint goes on with its own"
+                raise ConfigError(f"watch.{name}", rule, path)
     return job
+
+
+def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
+    """NeMo moves whatever it finds in the folder of a run that is begun."""
+    if any((run_path / name).exists() for name in (CHECKPOINTS, f"{DATA}/{DATA_RECORD}")) or not run_path.exists():
+        return
+    ours = {DATA, "tokenizer", "tensorboard"}
+    ours |= {Path(path).name for path in (settings.watch.store, settings.watch.probe_store) if path is not None}
+    foreign = sorted(path.name for path in run_path.iterdir() if path.name not in ours)
+    if foreign:
+        rule = f"must be a new folder, an empty one or that of a run; this one holds `{foreign[0]}`"
+        raise ConfigError("run.path", rule, str(run_path))
 
 
 def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:

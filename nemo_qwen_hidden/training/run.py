@@ -17,6 +17,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Model
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
+from nemo_qwen_hidden.data.tokenizer import TOKENIZER_FILES
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, configure_training
 from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
@@ -28,17 +29,6 @@ from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
 from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
 from nemo_qwen_hidden.training.strategy import megatron_strategy
-
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def fit(
@@ -92,12 +82,12 @@ def _model(job: FinetuningJob) -> Qwen2Model:
 
 def _tokenizer(job: FinetuningJob) -> AutoTokenizer | None:
     """The model's, for the checkpoints; out of a folder with nothing else, which NeMo copies whole into each."""
+    if not job.has_tokenizer:
+        return None
     given = job.tokenizer_folder
-    if not (given / "tokenizer.json").is_file():
-        return None  # the data are token ids
     folder = job.run_path / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in ("config.json", *TOKENIZER_FILES):
         source, own = given / name, folder / f".{name}.{os.getpid()}"
         if source.is_file():
             shutil.copyfile(source, own)
@@ -176,7 +166,7 @@ def _watchers(job: FinetuningJob) -> list[Callback]:
                 documents=watch.probe_data,
                 max_documents=watch.probe_documents,
                 labels=watch.probe_labels,
-                tokenizer=job.tokenizer_folder,
+                tokenizer=job.tokenizer_folder if job.has_tokenizer else None,
                 **chosen | job.fields,
             )
         )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_qwen_hidden import finetuning
 from nemo_qwen_hidden.config import (
     CaptureSettings,
     FinetuneSettings,
@@ -24,6 +25,7 @@ from nemo_qwen_hidden.config import (
 from nemo_qwen_hidden.conversion import convert
 from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
 from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.store.format import MARKER
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob, prepare
 from nemo_qwen_hidden.training.started import fit_started
@@ -139,6 +141,35 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Star
     start_ranks(1, fit_started, replace(job, settings=short))
     with pytest.raises(DataError, match=r"must be what the run at .* was begun with"):
         start_ranks(1, fit_started, job)
+    longer = replace(job.settings, train=replace(short.train, max_steps=4, lr=2e-3))
+    with pytest.raises(ConfigErrors, match=r"(?s)`train\.max_steps` must be 1, as .*`train\.lr` must be 0\.001, as"):
+        start_ranks(1, fit_started, replace(job, settings=longer))
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"`run\.path` must be a new folder.*this one holds `notes\.txt`"):
+        job_at(tmp_path)
+
+
+def test_a_checkpoint_that_a_crash_cut_off_is_none(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / CHECKPOINTS / "step=2-last"
+    for path in (checkpoint, checkpoint.with_name("step=5-last")):
+        (path / "weights").mkdir(parents=True)
+    (mark := checkpoint.with_name("step=5-last-unfinished")).touch()
+    job = job_at(tmp_path / "run")
+    assert job.begun and job.checkpoints == [checkpoint]
+    finetuning.tidy(job)
+    assert checkpoint.is_dir() and not mark.exists() and job.unfinished == []
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["step=2-last"]
+
+
+def test_a_run_begins_with_a_store_of_its_own(tmp_path: Path) -> None:
+    (store := tmp_path / "store").mkdir()
+    (store / MARKER).touch()
+    settings = replace(job_at(tmp_path / "run").settings, watch=WatchSettings(store=str(store)))
+    with pytest.raises(ConfigError, match=r"`watch\.store` must be a new folder where the run begins"):
+        prepare(settings, world=None)
 
 
 def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
