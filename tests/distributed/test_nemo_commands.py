@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,14 @@ def test_nemos_own_command_imports_right_once_the_importer_is_registered(
 ) -> None:
     start_ranks(1, imported_by_nemo, nemo_folders.huggingface, tmp_path / "nemo")
     assert convert(str(tmp_path / "nemo"), str(tmp_path / "back")).sha256 == _sha256(nemo_folders.huggingface)
+
+
+def test_nemos_own_importer_knows_transformer_engines_norms_alone() -> None:
+    """Where it names those of local layers, too, ``training/importer.py`` is not needed."""
+    (nemo,) = find_spec("nemo").submodule_search_locations  # type: ignore[union-attr, misc]
+    source = Path(nemo, "collections/llm/gpt/model/qwen2.py").read_text(encoding="utf-8")
+    importer = source[source.index("class HFQwen2Importer") : source.index("class HFQwen2Exporter")]
+    assert "mlp.linear_fc1.layer_norm_weight" in importer and "pre_mlp_layernorm" not in importer
 
 
 def _sha256(folder: Path) -> str:
