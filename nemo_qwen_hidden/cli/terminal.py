@@ -5,7 +5,7 @@ Keeps file descriptors of its own, since libraries get a log file for the proces
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from rich.console import Console
@@ -53,7 +53,8 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
-            file.close()
+            with suppress(BrokenPipeError):  # who reads them may have seen enough: `... | head`
+                file.close()
 
     def note(self, message: str) -> None:
         """A line on stderr, however narrow the terminal."""

@@ -1,6 +1,8 @@
 """Numbers for people, tables at 80 columns, and a bar that adds up what several replicas say."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -75,6 +77,15 @@ def test_quiet_keeps_results_alone(capfd: pytest.CaptureFixture[str]) -> None:
     captured = capfd.readouterr()
     assert captured.err == ""
     assert "rows" in captured.out
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
+    shows = "from nemo_qwen_hidden.cli.terminal import Terminal\nwith Terminal() as it: it.grid(('a',), [('b',)], 'c')"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", shows], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_without_a_terminal_each_phase_is_a_line_said_once(capfd: pytest.CaptureFixture[str]) -> None:
