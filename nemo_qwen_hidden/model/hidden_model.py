@@ -22,7 +22,7 @@ from nemo_qwen_hidden.errors import CheckpointError, ConfigError, raise_all
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, Qwen2HiddenConfig, configure
 from nemo_qwen_hidden.model.effects import EffectCalls
 from nemo_qwen_hidden.model.nemo_weights import load_nemo_weights
-from nemo_qwen_hidden.model.stages import held_stages
+from nemo_qwen_hidden.model.stages import held_stages, unwrapped
 from nemo_qwen_hidden.model.weights import load_weights
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups, has_groups, one_rank
 from nemo_qwen_hidden.parallel.host import megatron_on_host
@@ -143,7 +143,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         """
         if labels is not None and not self.config.output_layer:
             raise ConfigError("labels", "need a model that was configured with `output_layer=True`", "no output layer")
-        module = _unwrapped(self.module)
+        module = unwrapped(self.module)
         post_process = module.post_process
         module.post_process = labels is not None and post_process
         try:
@@ -203,14 +203,6 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         pipeline = Pipeline(self.chunks, self.groups, stages=self.stages, capture=capture, trace=trace)
         with staged(sink, self.groups.device) as on_host:
             pipeline.run(mine, tokens, on_host, done)
-
-
-def _unwrapped(module: Any) -> Any:
-    """Megatron's model, under what NeMo's strategy wraps around it for training."""
-    found: Any = module
-    while not isinstance(found, MCoreGPTModel):
-        found = found.module
-    return found
 
 
 def _checked_stages(

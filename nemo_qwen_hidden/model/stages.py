@@ -1,8 +1,10 @@
-"""Which layers each pipeline stage holds, where somebody else has divided them."""
+"""A model that somebody else has built: what NeMo has wrapped, and which layers each pipeline stage holds."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from torch import nn
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.agree import all_values
@@ -33,3 +35,17 @@ def _contiguous(numbers: Mapping[int, list[int]], count: int) -> tuple[range, ..
         if [index + 1 for index in stages[-1]] != numbers[stage]:
             raise ConfigError("pipeline layout", "must keep each stage's layers together and in order", numbers)
     return tuple(stages)
+
+
+def unwrapped(chunk: nn.Module) -> MCoreGPTModel:
+    """What lies under NeMo's model, Megatron's DDP and its ``Float16Module``, which all call it ``module``.
+
+    Raises:
+        ConfigError: no Megatron ``GPTModel``.
+    """
+    module: Any = chunk
+    while not isinstance(module, MCoreGPTModel):
+        if not isinstance(getattr(module, "module", None), nn.Module):
+            raise ConfigError("the trained model", "must be a Megatron GPTModel", type(module).__name__)
+        module = module.module
+    return module

@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import nn
 
 from nemo_qwen_hidden.errors import ConfigError
-from nemo_qwen_hidden.model.stages import held_stages
+from nemo_qwen_hidden.model.stages import held_stages, unwrapped
 from nemo_qwen_hidden.parallel.groups import ProcessGroups, current_groups
 
 _GROUPS: "WeakKeyDictionary[nn.Module, ProcessGroups]" = WeakKeyDictionary()  # making them is collective: once a model
@@ -20,14 +20,14 @@ def live_chunks(trainer: Trainer) -> list[MCoreGPTModel]:
     Raises:
         ConfigError: the trainer has no NeMo ``MegatronStrategy`` that is set up, or trains no Megatron ``GPTModel``.
     """
-    return [_unwrapped(chunk) for chunk in _parallel(trainer)]
+    return [unwrapped(chunk) for chunk in _parallel(trainer)]
 
 
 def live_groups(trainer: Trainer) -> ProcessGroups:
     """Where this rank stands in the training run. The first call for a model is collective over all ranks."""
     parallel = _parallel(trainer)
     if parallel not in _GROUPS:
-        sequence_parallel = bool(_unwrapped(parallel[0]).config.sequence_parallel)
+        sequence_parallel = bool(unwrapped(parallel[0]).config.sequence_parallel)
         _GROUPS[parallel] = current_groups(sp=sequence_parallel)
     return _GROUPS[parallel]
 
@@ -44,13 +44,3 @@ def _parallel(trainer: Trainer) -> Any:
         rule = "must be NeMo's MegatronStrategy (or megatron_strategy() of this package), once it is set up"
         raise ConfigError("the trainer's strategy", rule, type(trainer.strategy).__name__)
     return parallel
-
-
-def _unwrapped(chunk: nn.Module) -> MCoreGPTModel:
-    """What lies under NeMo's model, Megatron's DDP and its ``Float16Module``, which all call it ``module``."""
-    module: Any = chunk
-    while not isinstance(module, MCoreGPTModel):
-        if not isinstance(getattr(module, "module", None), nn.Module):
-            raise ConfigError("the trained model", "must be a Megatron GPTModel", type(module).__name__)
-        module = module.module
-    return module

@@ -44,7 +44,7 @@ def import_huggingface(source: Path, to: Path) -> None:
         with as_if_torchrun(rank), _without_groups_afterwards():
             kind = HFQwen2Importer if transformer_engine_runs() else QwenImporter
             importer = kind(str(source))
-            importer.rendezvous = rank.rendezvous
+            importer.rendezvous, importer.folder = rank.rendezvous, Path(folder)
             importer.apply(to)
 
 
@@ -57,6 +57,7 @@ class QwenImporter(HFQwen2Importer):
     """
 
     rendezvous: Path | None = None
+    folder: Path | None = None  # for the tokenizer until it is in the checkpoint; None: one that stays
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As NeMo's, with a strategy that does without a GPU."""
@@ -98,7 +99,7 @@ class QwenImporter(HFQwen2Importer):
     def tokenizer(self) -> AutoTokenizer:
         """As NeMo's, saved in a folder of its own: NeMo takes one fixed folder for all imports of a machine
         (``lightning/io/connector.py: save_hf_tokenizer_assets``)."""
-        folder = Path(tempfile.mkdtemp(prefix="nemo_qwen_hidden-")) / "nemo_tokenizer"
+        folder = (self.folder or Path(tempfile.mkdtemp(prefix="nemo_qwen_hidden-"))) / "nemo_tokenizer"
         return AutoTokenizer(self.save_hf_tokenizer_assets(str(self), str(folder)))
 
 

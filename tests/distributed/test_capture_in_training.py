@@ -26,19 +26,8 @@ from tests.support.capturing import (
     transformers_model,
 )
 from tests.support.models import Tiny, save_tiny
-from tests.support.training import SEQ_LENGTH, VOCAB, Job, Outcome, batch_blocks, whole_weights
+from tests.support.training import LAYOUTS, SEQ_LENGTH, VOCAB, Job, Outcome, batch_blocks, whole_weights
 
-LAYOUTS = {
-    2: (
-        Topology(tp=2),
-        Topology(tp=2, sp=True),
-        Topology(pp=2),
-        Topology(pp=2, vp=2),
-        Topology(cp=2),
-        Topology(dp=2),
-    ),
-    4: (Topology(tp=2, pp=2),),
-}
 FULL = {"recompute_granularity": "full"}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

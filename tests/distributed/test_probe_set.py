@@ -9,24 +9,12 @@ import pytest
 from nemo_qwen_hidden.drift.measures import measure
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.capturing import expected_states, transformers_model
 from tests.support.models import Tiny, save_tiny, write_documents
 from tests.support.probing import Probed, Probing, probe_in_training
-from tests.support.training import VOCAB, Job, Outcome, whole_weights
+from tests.support.training import LAYOUTS, VOCAB, Job, Outcome, whole_weights
 
-LAYOUTS = {
-    2: (
-        Topology(tp=2),
-        Topology(tp=2, sp=True),
-        Topology(pp=2),
-        Topology(pp=2, vp=2),
-        Topology(cp=2),
-        Topology(dp=2),
-    ),
-    4: (Topology(tp=2, pp=2),),
-}
 LAYERS = 8
 POINTS = ("embed", "resid_post@0", "mlp_act@3", "z@5", "resid_post@7", "final_norm")
 LENGTHS = (9, 14, 3, 16, 7, 16)

@@ -10,20 +10,9 @@ from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.support.models import Tiny, save_tiny
-from tests.support.training import VOCAB, Job, Outcome, batch_blocks, train, whole_weights
+from tests.support.training import LAYOUTS, VOCAB, Job, Outcome, batch_blocks, train, whole_weights
 
 STEPS = 3
-LAYOUTS = {
-    2: (
-        Topology(tp=2),
-        Topology(tp=2, sp=True),
-        Topology(pp=2),
-        Topology(pp=2, vp=2),
-        Topology(cp=2),
-        Topology(dp=2),
-    ),
-    4: (Topology(tp=2, pp=2),),
-}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,17 @@ from nemo_qwen_hidden.topology import Topology
 
 VOCAB = 384  # what every tp of the tests divides: padding would take part in the loss
 SEQ_LENGTH = 16
+LAYOUTS = {  # by ranks
+    2: (
+        Topology(tp=2),
+        Topology(tp=2, sp=True),
+        Topology(pp=2),
+        Topology(pp=2, vp=2),
+        Topology(cp=2),
+        Topology(dp=2),
+    ),
+    4: (Topology(tp=2, pp=2),),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
