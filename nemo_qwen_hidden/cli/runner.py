@@ -151,6 +151,8 @@ def _start_and_finish(job: Job, bar: Bar, log: Log, lock: ExitStack, norms: Job 
 
 def _unfinished(job: Job) -> str:
     if not (job.store_path / MARKER).is_file():
+        if job.store_path.is_dir() and any(job.store_path.iterdir()):
+            return f"what is left at {job.store_path} belongs to no store any more; delete it before the next run"
         return f"nothing of the run is left at {job.store_path}"
     without = " without store.overwrite=true" if job.settings.store.overwrite else ""
     return f"{job.store_path} is unfinished; the same command{without} goes on from there"

@@ -4,6 +4,7 @@ durable."""
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,8 @@ class ShardFiles:
         blocks that look empty, and can so wipe out what another rank writes at that moment.
         """
         start, header = header_of(shard, self._target)
-        (self._folder / str(shard[0])).mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # of what is there, opening the file tells; it may be going at this moment
+            os.mkdir(self._folder / str(shard[0]))
         descriptor = self._descriptor(shard, os.O_CREAT)
         os.ftruncate(descriptor, header.size_bytes)
         write_all(descriptor, start, 0)
