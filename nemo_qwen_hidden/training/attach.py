@@ -112,8 +112,8 @@ class AttachedLosses:
         self._next = batch
 
     def end_step(self) -> dict[str, float]:
-        """The mean of each loss over the microbatches of all replicas, the same on every rank; of a forward pass alone
-        also what losses measure, as ``NAME_MEASURE``. Collective over all ranks.
+        """The mean of each loss over the microbatches of all replicas, the same on every rank, 0 where none weighs
+        anything; of a forward pass alone also what losses measure, as ``NAME_MEASURE``. Collective over all ranks.
 
         Raises:
             HiddenStatesError: on every rank, a loss was not computed, or its gradient was not started, exactly once for
@@ -136,7 +136,7 @@ class AttachedLosses:
             if incomplete:
                 raise HiddenStatesError(self._why(loss.name))
             names = [loss.name, *(f"{loss.name}_{each}" for each in loss.measured if self._forward_only)]
-            values |= {name: total / weight for name, total in zip(names, totals, strict=False)}
+            values |= {name: total / (weight or 1.0) for name, total in zip(names, totals, strict=False)}
         return values
 
     def _enter(self, _chunk: nn.Module, _inputs: tuple[Any, ...]) -> None:

@@ -16,13 +16,15 @@ from tests.training.state_losses import (
     LENGTH,
     MICROBATCHES,
     SEQUENCES,
+    USUAL,
     Case,
     Found,
     batches,
+    chosen,
     chunks_of,
     errors_of,
     fill_heads,
-    losses,
+    nothing,
 )
 
 SAMPLES = MICROBATCHES * SEQUENCES
@@ -30,20 +32,24 @@ SAMPLES = MICROBATCHES * SEQUENCES
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A step of NeMo's Trainer. alone: without a language model's loss. save, resume: a checkpoint's folder."""
+    """A step of NeMo's Trainer. alone: without a language model's loss. save, resume: a checkpoint's folder.
+    then_nothing: a second step, in which no token counts."""
 
     topology: Topology
     truth: str = "gradients"
+    only: tuple[str, ...] = USUAL
     settings: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
     save: Path | None = None
     resume: Path | None = None
     steps: int = 1
+    then_nothing: bool = False
 
 
 @dataclass(kw_only=True)
 class Trained(Found):
-    """logged: by Lightning. first, last: the weights before the first step of this run, and after the last."""
+    """values: of the first step. logged: by Lightning, last. first, pieces: the weights before the first step of this
+    run, and after the last."""
 
     logged: dict[str, float]
     first: list[Piece]
@@ -68,29 +74,29 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
         whole_batch_step,
     )
 
-    settings: dict[str, Any] = {"state_losses": losses(folder), "data_step_fn": whole_batch_step, "seq_length": LENGTH}
+    settings: dict[str, Any] = {"state_losses": chosen(folder), "data_step_fn": whole_batch_step, "seq_length": LENGTH}
     if run.alone:
         settings |= {"output_layer": False, "forward_step_fn": decoder_step}
-    job = Job(topology=run.topology, steps=run.steps, own_model=True, micro_batch_size=SEQUENCES, clip_grad=0.0,
+    steps = run.steps + run.then_nothing
+    job = Job(topology=run.topology, steps=steps, own_model=True, micro_batch_size=SEQUENCES, clip_grad=0.0,
               global_batch_size=SAMPLES, model=settings | dict(run.settings))  # fmt: skip
     watcher = _watcher(run, folder)
     with trainer_of(rank, job, folder / "model", [watcher, StateLossCallback()]) as (trainer, model, _):
         if run.alone:
             model = StateLossModel(model.config, optim=model.optim)
-        data = ColumnData(columns(), samples=SAMPLES * run.steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES)
+        made = [*batches(), *nothing()] if run.then_nothing else batches()
+        data = ColumnData(columns(made), samples=SAMPLES * steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES)
         trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
         if run.save is not None:
             with training_on_host():  # fit() has torn the strategy down
                 trainer.save_checkpoint(run.save)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         pieces = pieces_of(trainer)
-    values = {name: logged[name] for name in (loss.name for loss in losses(folder))}
-    return Trained(errors=watcher.errors, values=values, logged=logged, first=watcher.first, pieces=pieces)
+    return Trained(errors=watcher.errors, values=watcher.values, logged=logged, first=watcher.first, pieces=pieces)
 
 
-def columns() -> dict[str, torch.Tensor]:
-    """``batches`` as samples, so that microbatch n of one replica is batch n."""
-    made = batches()
+def columns(made: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Batches as samples, so that microbatch n of one replica is batch n."""
     return {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
 
 
@@ -103,6 +109,7 @@ def _watcher(run: Run, folder: Path) -> Any:
         """Gives heads the weights of the test, and compares gradients after the first step's schedule."""
 
         errors: dict[str, float]
+        values: dict[str, float]
         first: list[Piece]
 
         def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,7 +118,11 @@ def _watcher(run: Run, folder: Path) -> Any:
                     fill_heads(chunk, load_file(folder / "heads.safetensors"), run.topology.at(trainer.global_rank))
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.errors, self.first = {}, pieces_of(trainer)
+            self.errors, self.values, self.first = {}, {}, pieces_of(trainer)
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not self.values:
+                self.values = {name: float(trainer.callback_metrics[name]) for name in USUAL}
 
         def on_megatron_microbatches_end(self, step: Any, **_: Any) -> None:
             if not self.errors and run.truth:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,39 @@ from tests.store.helpers import make_store
 from tests.support.models import Tiny, save_tiny
 
 LAYERS, HIDDEN, VOCAB, TEACHER_WIDTH = 8, 64, 384, 24
-CLASSES, HEADS, DECAY = 3, 2, 0.8
+CLASSES, HEADS, DECAY, TAGS = 3, 2, 0.8, 4
 MICROBATCHES, SEQUENCES, LENGTH = 4, 2, 16
 IGNORED = -100
+FACTORS = {"early": 0.5, "probe": 2.0, "class": 3.0}
+USUAL = ("early", "probe", "same", "narrow", "detached", "value", "class", "medusa")
+SELDOM = ("projected", "width", "regressed", "tagged", "started")
+HEADLESS = ("same",)
 
 
 def losses(folder: Path) -> tuple[Any, ...]:
-    """One of each kind, on every stage of every layout."""
+    """One of each kind, on every stage of every layout; and others of the same kinds."""
     from nemo_qwen_hidden.training import losses as kinds
 
-    return (
-        kinds.ValueHead(name="early", hook_point="embed", targets="values", mask="loss_mask", weight=0.5),
-        kinds.LinearProbe(name="probe", hook_point="attn_out@0", classes=CLASSES, weight=2.0),
-        kinds.Distillation(name="same", hook_point="resid_post@2", teacher="resid_post@1", store=str(folder / "same")),
-        kinds.Distillation(
-            name="narrow", hook_point="resid_mid@4", teacher="embed", store=str(folder / "narrow"), distance="cosine"
-        ),
+    same = {"store": str(folder / "same"), "teacher": "resid_post@1"}
+    narrow = {"store": str(folder / "narrow"), "teacher": "embed"}
+    made = (
+        kinds.ValueHead(name="early", hook_point="embed", targets="values", mask="loss_mask"),
+        kinds.LinearProbe(name="probe", hook_point="attn_out@0", classes=CLASSES),
+        kinds.Distillation(name="same", hook_point="resid_post@2", **same),
+        kinds.Distillation(name="narrow", hook_point="resid_mid@4", distance="cosine", **narrow),
         kinds.LinearProbe(name="detached", hook_point="mlp_out@5", classes=CLASSES, detach=True),
         kinds.ValueHead(name="value", hook_point="resid_post@-1", targets="values"),
-        kinds.SequenceClassifier(name="class", classes=CLASSES, last="last", weight=3.0),
+        kinds.SequenceClassifier(name="class", classes=CLASSES, last="last"),
         kinds.MedusaHeads(name="medusa", heads=HEADS, vocab_size=VOCAB - 1, decay=DECAY),
+        kinds.Distillation(name="projected", hook_point="resid_post@1", project=True, **same),
+        kinds.Distillation(name="width", hook_point="resid_post@5", **narrow),
+        kinds.SequenceClassifier(
+            name="regressed", hook_point="resid_pre@3", classes=1, problem=kinds.REGRESSION, labels="score", last="last"
+        ),
+        kinds.SequenceClassifier(name="tagged", classes=TAGS, problem=kinds.MULTI_LABEL, labels="tags", last="last"),
+        kinds.MedusaHeads(name="started", heads=1, vocab_size=VOCAB, decay=DECAY, weights=str(folder / "model")),
     )
+    return tuple(replace(loss, weight=FACTORS.get(loss.name, 1.0)) for loss in made)
 
 
 def prepare(folder: Path, *, tied: bool = False) -> None:
@@ -60,13 +72,15 @@ def prepare(folder: Path, *, tied: bool = False) -> None:
         "detached.weight": random(CLASSES, HIDDEN), "detached.bias": random(CLASSES),
         "value.weight": random(1, HIDDEN), "value.bias": random(1),
         "class.weight": random(CLASSES, HIDDEN),
+        "projected.weight": random(HIDDEN, HIDDEN), "width.weight": random(TEACHER_WIDTH, HIDDEN),
+        "regressed.weight": random(1, HIDDEN), "tagged.weight": random(TAGS, HIDDEN),
     }  # fmt: skip
     for number in range(HEADS):
         heads[f"medusa.{number}.residual.weight"] = random(HIDDEN, HIDDEN)
         heads[f"medusa.{number}.residual.bias"] = random(HIDDEN)
         heads[f"medusa.{number}.output.weight"] = random(VOCAB, HIDDEN)
     save_file(heads, folder / "heads.safetensors")
-    torch.save(batches(), folder / "batches.pt")
+    torch.save({"usual": batches(), "sparse": sparse(), "nothing": nothing()}, folder / "batches.pt")
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -91,9 +105,32 @@ def batches() -> list[dict[str, Tensor]]:
                 "values": torch.randn(SEQUENCES, LENGTH, generator=generator),
                 "token_classes": labels, "teacher_rows": rows, "last": lengths - 1,
                 "classes": torch.tensor([number % CLASSES, IGNORED if number == 2 else 1]),
+                "score": torch.randn(SEQUENCES, generator=generator),
+                "tags": torch.rand(SEQUENCES, TAGS, generator=generator).round(),
             }
         )  # fmt: skip
     return made
+
+
+def sparse() -> list[dict[str, Tensor]]:
+    """As ``batches``, but 0 counts no token, 2 has no label at all either, and of 1 tokens count that the second of
+    two context-parallel ranks alone has. So the first of two replicas counts none in a whole step."""
+    made = batches()
+    inside = torch.arange(LENGTH).div(LENGTH // 4, rounding_mode="floor").remainder(3) != 0  # of four chunks 1 and 2
+    made[1]["loss_mask"] *= inside
+    made[1]["token_classes"][:, ~inside] = IGNORED
+    made[1]["teacher_rows"][:, ~inside] = -1
+    for number in (0, 2):
+        made[number]["loss_mask"].zero_()
+    made[2]["token_classes"].fill_(IGNORED)
+    made[2]["teacher_rows"].fill_(-1)
+    made[2]["classes"].fill_(IGNORED)
+    return made
+
+
+def nothing() -> list[dict[str, Tensor]]:
+    """As ``batches``, but no token counts."""
+    return [batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])} for batch in batches()]
 
 
 # by transformers -----------------------------------------------------------------------------------------------------
@@ -109,39 +146,56 @@ class Truth:
     accuracy: float
 
 
-def by_transformers(folder: Path, *, per_token: bool = False, language_model: float = 1.0) -> Truth:
-    """In float64, all in one graph."""
+def by_transformers(
+    folder: Path,
+    *,
+    data: str = "usual",
+    only: Sequence[str] = USUAL,
+    per_token: bool = False,
+    language_model: float = 1.0,
+) -> Truth:
+    """In float64, all in one graph. A mean over nothing is 0."""
     from transformers import Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager").eval()
-    heads = {name: w.double().requires_grad_() for name, w in load_file(folder / "heads.safetensors").items()}
+    heads = load_file(folder / "heads.safetensors") | {
+        "started.0.residual.weight": torch.zeros(HIDDEN, HIDDEN),
+        "started.0.residual.bias": torch.zeros(HIDDEN),
+        "started.0.output.weight": model.lm_head.weight.detach().clone(),
+    }
+    heads = {name: w.double().requires_grad_() for name, w in heads.items()}
     states: dict[str, Tensor] = {}
     layers = model.model.layers
     handles = [
         model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: states.update(early=out)),
         layers[0].self_attn.register_forward_hook(lambda _m, _i, out: states.update(probe=out[0])),
+        layers[1].register_forward_hook(lambda _m, _i, out: states.update(projected=_first(out))),
+        layers[3].register_forward_pre_hook(lambda _m, given: states.update(regressed=given[0])),
+        layers[5].register_forward_hook(lambda _m, _i, out: states.update(width=_first(out))),
         layers[2].register_forward_hook(lambda _m, _i, out: states.update(same=_first(out))),
         layers[4].post_attention_layernorm.register_forward_pre_hook(lambda _m, given: states.update(narrow=given[0])),
         layers[5].mlp.register_forward_hook(lambda _m, _i, out: states.update(detached=out.detach())),
         layers[7].register_forward_hook(lambda _m, _i, out: states.update(value=_first(out))),
-        model.model.norm.register_forward_hook(lambda _m, _i, out: states.update({"class": out, "medusa": out})),
+        model.model.norm.register_forward_hook(
+            lambda _m, _i, out: states.update(dict.fromkeys(("class", "medusa", "tagged", "started"), out))
+        ),
     ]
-    everything = batches()
+    everything = torch.load(folder / "batches.pt")[data]
     weights = [float(batch["loss_mask"].sum()) if per_token else 1.0 for batch in everything]
-    factors = {"early": 0.5, "probe": 2.0, "class": 3.0}
     total, values, accuracy = torch.zeros((), dtype=torch.float64), dict[str, float](), 0.0
     for batch, weight in zip(everything, weights, strict=True):
         logits = model(batch["tokens"], use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
         mask = batch["loss_mask"].flatten().double()
-        share = weight / sum(weights)
-        total = total + language_model * share * (losses * mask).sum() / mask.sum()
+        share = weight / max(sum(weights), 1)
+        total = total + language_model * share * _mean(losses * mask, mask)
         for name, value in _plain(states, heads, batch, folder).items():
-            total = total + factors.get(name, 1.0) * share * value
-            values[name] = values.get(name, 0.0) + share * value.item()
+            if name in only:
+                total = total + FACTORS.get(name, 1.0) * share * value
+                values[name] = values.get(name, 0.0) + share * value.item()
         last = states["class"][torch.arange(SEQUENCES), batch["last"]]
         right = (last @ heads["class.weight"].T).argmax(dim=1) == batch["classes"]
-        accuracy += share * right.sum().item() / (batch["classes"] != IGNORED).sum().item()
+        accuracy += share * _mean(right, batch["classes"] != IGNORED).item()
     total.backward()
     for handle in handles:
         handle.remove()
@@ -161,6 +215,11 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _mean(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Of those that count; 0 where none does."""
+    return values.sum() / (values.numel() if counts is None else max(counts.sum(), 1))
+
+
 def _plain(
     states: Mapping[str, Tensor], heads: Mapping[str, Tensor], batch: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
@@ -169,31 +228,46 @@ def _plain(
     def linear(name: str) -> Tensor:
         return F.linear(states[name], heads[f"{name}.weight"], heads.get(f"{name}.bias"))
 
-    mask, values = batch["loss_mask"].bool(), batch["values"].double()
-    rows, labels = batch["teacher_rows"], batch["token_classes"].flatten()
-    compared = rows >= 0
-    same = _teacher(folder / "same")[rows[compared]]
-    narrow = _teacher(folder / "narrow")[rows[compared]]
-    last = states["class"][torch.arange(SEQUENCES), batch["last"]]
-    medusa = torch.zeros((), dtype=torch.float64)
-    for number in range(HEADS):
-        state, ahead = states["medusa"], number + 1
+    def at_last(name: str) -> Tensor:
+        return linear(name)[torch.arange(SEQUENCES), batch["last"]]
+
+    def squared(name: str, target: Tensor) -> Tensor:
+        return (linear(name).squeeze(-1) - target).square()
+
+    def classified(logits: Tensor, labels: Tensor) -> Tensor:
+        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return _mean(total, labels != IGNORED)
+
+    def ahead(name: str, number: int, vocab: int) -> Tensor:
+        state, later = states[name], number + 1
         w1, b1, w2 = (
-            heads[f"medusa.{part}"]
-            for part in (f"{number}.residual.weight", f"{number}.residual.bias", f"{number}.output.weight")
+            heads[f"{name}.{number}.{part}"] for part in ("residual.weight", "residual.bias", "output.weight")
         )
-        logits = (F.silu(state @ w1.T + b1) + state) @ w2[: VOCAB - 1].T
-        later = batch["labels"][:, ahead:][mask[:, ahead:]]
-        medusa = medusa + DECAY**ahead * F.cross_entropy(logits[:, :-ahead][mask[:, ahead:]], later)
+        logits = (F.silu(state @ w1.T + b1) + state) @ w2[:vocab].T
+        losses = F.cross_entropy(logits[:, :-later].mT, batch["labels"][:, later:], reduction="none")
+        return DECAY**later * _mean(losses * mask[:, later:], mask[:, later:])
+
+    def distances(name: str, state: Tensor, teacher: str) -> Tensor:
+        target = _teacher(folder / teacher)[rows.clamp(min=0)]
+        if name == "narrow":
+            return _mean((1 - F.cosine_similarity(state, target, dim=-1)) * (rows >= 0), rows >= 0)
+        return _mean((state - target).square().mean(dim=-1) * (rows >= 0), rows >= 0)
+
+    mask, values, rows = batch["loss_mask"], batch["values"].double(), batch["teacher_rows"]
     return {
-        "early": F.mse_loss(linear("early").squeeze(-1)[mask], values[mask]),
-        "probe": F.cross_entropy(linear("probe").flatten(0, 1), labels),
-        "same": F.mse_loss(states["same"][compared], same),
-        "narrow": 1 - F.cosine_similarity(linear("narrow")[compared], narrow, dim=-1).mean(),
-        "detached": F.cross_entropy(linear("detached").flatten(0, 1), labels),
-        "value": F.mse_loss(linear("value").squeeze(-1), values),
-        "class": F.cross_entropy(F.linear(last, heads["class.weight"]), batch["classes"]),
-        "medusa": medusa,
+        "early": _mean(squared("early", values) * mask, mask),
+        "probe": classified(linear("probe"), batch["token_classes"]),
+        "same": distances("same", states["same"], "same"),
+        "narrow": distances("narrow", linear("narrow"), "narrow"),
+        "detached": classified(linear("detached"), batch["token_classes"]),
+        "value": _mean(squared("value", values)),
+        "class": classified(at_last("class"), batch["classes"]),
+        "medusa": ahead("medusa", 0, VOCAB - 1) + ahead("medusa", 1, VOCAB - 1),
+        "projected": distances("projected", linear("projected"), "same"),
+        "width": distances("width", linear("width"), "narrow"),
+        "regressed": F.mse_loss(at_last("regressed").squeeze(-1), batch["score"].double()),
+        "tagged": F.binary_cross_entropy_with_logits(at_last("tagged"), batch["tags"].double()),
+        "started": ahead("started", 0, VOCAB),
     }
 
 
@@ -225,15 +299,16 @@ def save_gradients(folder: Path, truth: Truth) -> Path:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One schedule run. settings: of Megatron's configuration. grad_scale: of the optimizer. truth: a folder of
-    ``save_gradients``. freeze: all but the heads. only: names of the losses that there are, all by default."""
+    ``save_gradients``. data: which batches. freeze: all but the heads. only: names of the losses that there are."""
 
     topology: Topology
     truth: str = "gradients"
+    data: str = "usual"
     settings: Mapping[str, Any] = field(default_factory=dict)
     grad_scale: float = 1.0
     per_token: bool = False
     freeze: bool = False
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] = USUAL
     forward_only: bool = False
 
 
@@ -262,9 +337,9 @@ def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
     return found
 
 
-def chosen(case: Case, folder: Path) -> tuple[Any, ...]:
-    """The losses of a case."""
-    return tuple(loss for loss in losses(folder) if not case.only or loss.name in case.only)
+def chosen(folder: Path, only: Sequence[str] = USUAL) -> tuple[Any, ...]:
+    """The losses of these names."""
+    return tuple(loss for loss in losses(folder) if loss.name in only)
 
 
 def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]:
@@ -273,7 +348,7 @@ def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]
     from nemo_qwen_hidden.plan.stages import stages_of
 
     topology = case.topology
-    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": chosen(case, folder)}
+    settings: dict[str, Any] = {"calculate_per_token_loss": case.per_token, "state_losses": chosen(folder, case.only)}
     if topology.pp > 1:
         settings["microbatch_group_size_per_vp_stage"] = topology.pp
     stages = stages_of(LAYERS, pp=topology.pp, vp=topology.vp)
@@ -289,11 +364,13 @@ def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]
 
 
 def fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
+    """``started`` keeps the weights that it begins with, and is not in the file of weights."""
     if hasattr(chunk, "state_heads"):
         with torch.no_grad():
             for name, parameter in chunk.state_heads.named_parameters():
-                rows = len(parameter) * place.tp if "output" in name else 0
-                parameter.copy_(heads[name][rows : rows + len(parameter)])
+                if name in heads:
+                    rows = len(parameter) * place.tp if "output" in name else 0
+                    parameter.copy_(heads[name][rows : rows + len(parameter)])
 
 
 def _schedule(case: Case, folder: Path, groups: Any) -> Found:
@@ -316,11 +393,11 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
         chunk.zero_grad_buffer()
     config.finalize_model_grads_func = finalize_model_grads
     topology = case.topology
-    mine = torch.load(folder / "batches.pt")[groups.place.dp :: topology.dp]
+    mine = torch.load(folder / "batches.pt")[case.data][groups.place.dp :: topology.dp]
 
     with ExitStack() as stack:
         try:
-            attached = stack.enter_context(AttachedLosses(chunks, chosen(case, folder), groups))
+            attached = stack.enter_context(AttachedLosses(chunks, chosen(folder, case.only), groups))
             attached.begin_step(num_microbatches=len(mine), forward_only=case.forward_only)
             stack.enter_context(torch.set_grad_enabled(not case.forward_only))
             get_forward_backward_func()(
@@ -338,7 +415,7 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
     if case.forward_only:
         return Found(errors={}, values=values)
     truth = folder / case.truth
-    expected = chunks_of(Case(topology=topology), folder, truth, truth / "heads.safetensors")
+    expected = chunks_of(Case(topology=topology, only=case.only), folder, truth, truth / "heads.safetensors")
     return Found(errors=errors_of(chunks, expected, scale=case.grad_scale), values=values)
 
 
@@ -368,7 +445,7 @@ def _forward_step(attached: Any, groups: Any, case: Case) -> Callable[[Any, Any]
         batch = next(iterator)
         attached.begin_microbatch(batch)
         output = model(cut(batch["tokens"]), cut(batch["position_ids"]), None, labels=cut(batch["labels"]))
-        count = batch["loss_mask"].sum()
+        count = batch["loss_mask"].sum().clamp(min=1)
 
         def loss(losses_BS: Tensor) -> Any:
             mask = cut(batch["loss_mask"])
@@ -400,41 +477,60 @@ def new_heads(rank: Rank, folder: Path, topology: Topology) -> tuple[dict[str, A
     return {name: p.detach().numpy() for name, p in chunk.state_heads.named_parameters()}, untouched
 
 
-def classified(rank: Rank, folder: Path, topology: Topology, ids: Tensor, labels: Tensor) -> tuple[float, Any, Any]:
-    """Loss, logits and errors of gradients of the classifier in ``folder``, without a schedule."""
-    from nemo_qwen_hidden.capture.sites import visit_site
-    from nemo_qwen_hidden.model.config import configure_training
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A classifier of transformers' in ``folder``/classifier, and its gradients in ``folder``/gradients. labels: of its
+    sequences."""
+
+    folder: Path
+    kind: str
+    classes: int
+    labels: Tensor
+
+
+def classified(
+    rank: Rank, topology: Topology, ids: Tensor, problems: Sequence[Problem]
+) -> list[tuple[float, Any, dict[str, float]]]:
+    """Of each problem loss, logits and errors of gradients, without a schedule."""
     from nemo_qwen_hidden.parallel.groups import process_groups
     from nemo_qwen_hidden.parallel.host import training_on_host
+
+    torch.set_num_threads(1)
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, training_on_host():
+        found = [_classified(groups, ids, problem) for problem in problems]
+        dist.barrier()
+    return found
+
+
+def _classified(groups: Any, ids: Tensor, problem: Problem) -> tuple[float, Any, dict[str, float]]:
+    from nemo_qwen_hidden.capture.sites import visit_site
+    from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
     from nemo_qwen_hidden.training.attach import AttachedLosses
     from nemo_qwen_hidden.training.losses import SequenceClassifier, Tokens
 
-    torch.set_num_threads(1)
-    batch, positions = {"tokens": ids, "classes": labels}, torch.arange(ids.shape[1]).expand_as(ids)
+    batch, positions = {"tokens": ids, "classes": problem.labels}, torch.arange(ids.shape[1]).expand_as(ids)
     point, states = HookPoint("final_norm"), []
 
     def built(weights: Path) -> tuple[Any, Any]:
-        loss = SequenceClassifier(name="class", classes=3, pad_token_id=0, weights=str(weights))
-        config = configure_training(
-            weights, topology, stages=stages_of(3, pp=1, vp=1), output_layer=False, state_losses=(loss,)
+        loss = SequenceClassifier(
+            name="class", classes=problem.classes, problem=problem.kind, pad_token_id=0, weights=str(weights)
         )
+        stages = stages_of(3, pp=1, vp=1)
+        config = configure_training(weights, groups.topology, stages=stages, output_layer=False, state_losses=(loss,))
         return loss, config.configure_model(None)
 
-    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, training_on_host():
-        loss, chunk = built(folder / "classifier")
-        chunk.train()
-        visit_site(chunk, point, lambda state, _given: states.append(state.detach()))
-        with AttachedLosses([chunk], (loss,), groups) as attached:
-            attached.begin_step(num_microbatches=1)
-            attached.begin_microbatch(batch)
-            (chunk(ids, positions, None) * 0).sum().backward()
-            value = attached.end_step()["class"]
-        logits, _ = loss.logits(
-            states[0], Tokens.at(point, groups.place, batch), chunk.state_heads.get_submodule("class")
-        )
-        _, expected = built(folder / "gradients")
-        truth = dict(expected.named_parameters())
-        errors = {name: _error(p.grad, truth[name]) for name, p in chunk.named_parameters()}
-        dist.barrier()
+    loss, chunk = built(problem.folder / "classifier")
+    chunk.train()
+    visit_site(chunk, point, lambda state, _given: states.append(state.detach()))
+    with AttachedLosses([chunk], (loss,), groups) as attached:
+        attached.begin_step(num_microbatches=1)
+        attached.begin_microbatch(batch)
+        (chunk(ids, positions, None) * 0).sum().backward()
+        value = attached.end_step()["class"]
+    tokens = Tokens.at(point, groups.place, batch)
+    logits, _ = loss.logits(states[0], tokens, chunk.state_heads.get_submodule("class"))
+    _, expected = built(problem.folder / "gradients")
+    truth = dict(expected.named_parameters())
+    errors = {name: _error(p.grad, truth[name]) for name, p in chunk.named_parameters()}
     return value, logits.detach().numpy(), errors

@@ -16,7 +16,7 @@ from tests.support.models import Tiny, save_tiny
 from tests.support.training import whole_weights
 from tests.training import state_loss_trainer, state_losses
 from tests.training.state_loss_trainer import Run
-from tests.training.state_losses import Case, Found, Truth
+from tests.training.state_losses import USUAL, Case, Found, Problem, Truth
 
 BOUND = 1e-5
 RECOMPUTE = {
@@ -36,7 +36,7 @@ TWO_RANKS = {
 }
 
 
-HEADS = {"early", "probe", "narrow", "detached", "value", "class", "medusa"}
+HEADS = set(USUAL) - set(state_losses.HEADLESS)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,10 @@ def truths(folder: Path) -> dict[str, Truth]:
         "gradients": state_losses.by_transformers(folder),
         "per_token": state_losses.by_transformers(folder, per_token=True),
         "alone": state_losses.by_transformers(folder, language_model=0.0),
+        "seldom": state_losses.by_transformers(folder, only=state_losses.SELDOM),
+        "sparse": state_losses.by_transformers(folder, data="sparse"),
+        "sparse_per_token": state_losses.by_transformers(folder, data="sparse", per_token=True),
+        "nothing": state_losses.by_transformers(folder, data="nothing", per_token=True),
     }
     for name, truth in found.items():
         state_losses.save_gradients(folder / name, truth)
@@ -66,9 +70,10 @@ def check(case: Case | Run, ranks: list[Found], truths: dict[str, Truth]) -> Non
         assert not found.error
         worst = max(found.errors, key=found.errors.__getitem__, default="")
         assert not worst or found.errors[worst] <= BOUND, (case, worst, found.errors[worst])
-        assert found.values == pytest.approx(truths[case.truth].values, rel=BOUND)
+        expected = truths[case.truth].values
+        assert found.values == pytest.approx({name: expected[name] for name in case.only}, rel=BOUND)
         seen |= {name.partition("state_heads.")[2].split(".")[0] for name in found.errors if "state_heads" in name}
-    assert seen == HEADS
+    assert seen == set(case.only) - set(state_losses.HEADLESS)
 
 
 def test_one_rank(start_ranks: Start, folder: Path, truths: dict[str, Truth]) -> None:
@@ -90,6 +95,26 @@ def test_two_ranks(start_ranks: Start, folder: Path, truths: dict[str, Truth]) -
         check(case, ranks, truths)
 
 
+def test_microbatches_and_steps_in_which_nothing_counts(
+    start_ranks: Start, folder: Path, truths: dict[str, Truth]
+) -> None:
+    cases = []
+    for name in ("dp2", "cp2", "pp2"):
+        case = Case(topology=TWO_RANKS[name], data="sparse", truth="sparse")
+        cases += [case, replace(case, truth="sparse_per_token", per_token=True)]
+        cases += [replace(case, data="nothing", truth="nothing", per_token=True)]
+    for case, *ranks in zip(cases, *start_ranks(2, state_losses.run, folder, cases), strict=True):
+        check(case, ranks, truths)
+
+
+def test_losses_of_other_settings(start_ranks: Start, folder: Path, truths: dict[str, Truth]) -> None:
+    case = Case(topology=Topology(dp=2), only=state_losses.SELDOM, truth="seldom")
+    cases = [replace(case, topology=TWO_RANKS[name]) for name in ("tp2", "tp2_sp", "cp2", "dp2")]
+    cases += [replace(case, topology=TWO_RANKS["pp2_vp2"], settings=RECOMPUTE["uniform2"])]
+    for case, *ranks in zip(cases, *start_ranks(2, state_losses.run, folder, cases), strict=True):
+        check(case, ranks, truths)
+
+
 def test_four_ranks(start_ranks: Start, folder: Path, truths: dict[str, Truth]) -> None:
     cases = [Case(topology=Topology(tp=2, pp=2), settings=how) for how in RECOMPUTE.values()]
     cases += [Case(topology=Topology(tp=2, cp=2, sp=True)), Case(topology=Topology(tp=2, pp=2), forward_only=True)]
@@ -103,9 +128,10 @@ def test_four_ranks(start_ranks: Start, folder: Path, truths: dict[str, Truth]) 
 
 def test_tied_embeddings(start_ranks: Start, tmp_path: Path) -> None:
     state_losses.prepare(tmp_path, tied=True)
-    truth = state_losses.by_transformers(tmp_path)
+    only = (*USUAL, "started")  # with the embeddings, there being no output layer in the folder
+    truth = state_losses.by_transformers(tmp_path, only=only)
     state_losses.save_gradients(tmp_path / "gradients", truth)
-    cases = [Case(topology=Topology(pp=2), settings=RECOMPUTE["uniform2"])]
+    cases = [Case(topology=Topology(pp=2), settings=RECOMPUTE["uniform2"], only=only)]
     for case, *ranks in zip(cases, *start_ranks(2, state_losses.run, tmp_path, cases), strict=True):
         check(case, ranks, {"gradients": truth})
 
@@ -117,7 +143,7 @@ def test_nemo_trainer(start_ranks: Start, folder: Path, truths: dict[str, Truth]
         # (lightning/megatron_parallel.py:902)
         Run(topology=Topology(tp=2, sp=True), alone=True, truth="alone"),
         Run(topology=Topology(pp=2, vp=2), settings=uniform, save=checkpoint),
-        Run(topology=Topology(cp=2), truth="per_token", settings={"calculate_per_token_loss": True}),
+        Run(topology=Topology(cp=2), truth="per_token", settings={"calculate_per_token_loss": True}, then_nothing=True),
         Run(topology=Topology(dp=2), settings=uniform),
         Run(topology=Topology(tp=2), resume=checkpoint, steps=2, truth=""),
     ]
@@ -127,6 +153,10 @@ def test_nemo_trainer(start_ranks: Start, folder: Path, truths: dict[str, Truth]
     weights = {"early": 0.5, "probe": 2.0, "class": 3.0}
     total = sum(weights.get(name, 1.0) * value for name, value in truths["alone"].values.items())
     assert by_run[0][0].logged["reduced_train_loss"] == pytest.approx(total, rel=BOUND)
+    for rank in by_run[2]:
+        assert all(rank.logged[name] == 0 for name in USUAL) and rank.logged["grad_norm"] == 0
+        assert np.isnan(rank.logged["reduced_train_loss"])  # by NeMo 2.7.3, megatron_parallel.py:1854
+        assert all(np.isfinite(piece.values).all() for piece in rank.pieces)
 
     saved = whole_weights(by_run[1])
     resumed = whole_weights([replace(rank, pieces=rank.first) for rank in by_run[-1]])
@@ -152,32 +182,48 @@ def test_what_is_not_trained_cannot_be_recomputed(start_ranks: Start, folder: Pa
     assert "computed 0 times and started 0" in found.error
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_sequence_classifier_of_transformers(tp: int, start_ranks: Start, tmp_path: Path) -> None:
+def by_classifier(folder: Path, ids: torch.Tensor, problem: Problem) -> Any:
+    """What transformers' own classifier gives, in float64; it and its gradients go to the problem's folder."""
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-    save_tiny(tmp_path / "causal", Tiny(layers=3, groups=2, tied=True), vocab_size=state_losses.VOCAB)
-    config = Qwen2Config.from_pretrained(tmp_path / "causal", num_labels=3, pad_token_id=0)
-    reference = Qwen2ForSequenceClassification.from_pretrained(tmp_path / "causal", config=config, dtype=torch.float32)
+    config = Qwen2Config.from_pretrained(folder, num_labels=problem.classes, pad_token_id=0, problem_type=problem.kind)
+    reference = Qwen2ForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
     with torch.no_grad():
         reference.score.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
-    reference.save_pretrained(tmp_path / "classifier")
-    ids = torch.randint(1, state_losses.VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
-    ids[0, 7:], ids[1, 3:] = 0, 0  # padding
-    labels = torch.tensor([2, 0, 1])
+    classifier, gradients = problem.folder / "classifier", problem.folder / "gradients"
+    reference.save_pretrained(classifier)
+    labels = problem.labels.double() if problem.labels.is_floating_point() else problem.labels
     given = reference.double()(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels)
     given.loss.backward()
-    (tmp_path / "gradients").mkdir()
-    (tmp_path / "gradients" / "config.json").write_text((tmp_path / "classifier" / "config.json").read_text())
-    save_file(
-        {name: p.grad.float().contiguous() for name, p in reference.named_parameters()},
-        tmp_path / "gradients" / "model.safetensors",
-    )
-    for loss, logits, errors in start_ranks(tp, state_losses.classified, tmp_path, Topology(tp=tp), ids, labels):
-        assert loss == pytest.approx(given.loss.item(), rel=BOUND)
-        np.testing.assert_allclose(logits, given.logits.detach().numpy(), rtol=BOUND, atol=1e-6)
-        assert len(errors) > 20 and max(errors.values()) <= BOUND
+    gradients.mkdir()
+    (gradients / "config.json").write_text((classifier / "config.json").read_text())
+    found = {name: p.grad.float().contiguous() for name, p in reference.named_parameters()}
+    save_file(found, gradients / "model.safetensors")
+    return given
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_sequence_classifier_of_transformers(tp: int, start_ranks: Start, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "causal", Tiny(layers=3, groups=2, tied=True), vocab_size=state_losses.VOCAB)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, state_losses.VOCAB, (3, 12), generator=generator)
+    ids[0, 7:], ids[1, 3:] = 0, 0  # padding
+    problems = [
+        Problem(folder=tmp_path / name, kind=kind, classes=classes, labels=labels)
+        for name, kind, classes, labels in (
+            ("single", "single_label_classification", 3, torch.tensor([2, 0, 1])),
+            ("multi", "multi_label_classification", 3, torch.rand(3, 3, generator=generator).round()),
+            ("scalar", "regression", 1, torch.randn(3, generator=generator)),
+            ("vector", "regression", 2, torch.randn(3, 2, generator=generator)),
+        )
+    ]
+    given = [by_classifier(tmp_path / "causal", ids, problem) for problem in problems]
+    for ranks in start_ranks(tp, state_losses.classified, Topology(tp=tp), ids, problems):
+        for (loss, logits, errors), expected in zip(ranks, given, strict=True):
+            assert loss == pytest.approx(expected.loss.item(), rel=BOUND)
+            np.testing.assert_allclose(logits, expected.logits.detach().numpy(), rtol=BOUND, atol=1e-6)
+            assert len(errors) > 20 and max(errors.values()) <= BOUND
 
 
 def _classifier(**arguments: Any) -> Any:
