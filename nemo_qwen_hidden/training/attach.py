@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nemo_qwen_hidden.capture.sites import has_site, visit_site
 from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError
+from nemo_qwen_hidden.hookpoint import EMBED, HookPoint
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.training.losses import Batch, StateLoss, Tokens
 
@@ -75,11 +76,13 @@ class AttachedLosses:
         self._batch: Batch | None = None
         self._handles: list[RemovableHandle] = []
         for chunk in chunks:
-            self._handles.append(chunk.register_forward_pre_hook(self._enter))
-            for loss in losses:
-                if chunk in self._here[loss.name]:
-                    visit = partial(self._visit, loss, _head_of(chunk, loss))
-                    self._handles.append(visit_site(chunk, self._points[loss.name], visit))
+            self._handles.append(chunk.register_forward_pre_hook(self._enter, with_kwargs=True))
+            here = [loss for loss in losses if chunk in self._here[loss.name]]
+            for loss in here:
+                visit = partial(self._visit, loss, _head_of(chunk, loss))
+                self._handles.append(visit_site(chunk, self._points[loss.name], visit))
+            if here and chunk.pre_process and config.recompute_granularity is not None:
+                self._handles.append(visit_site(chunk, HookPoint(EMBED), self._differentiate))
             self._handles.append(chunk.register_forward_hook(self._leave))
 
     def __enter__(self) -> "AttachedLosses":
@@ -108,7 +111,12 @@ class AttachedLosses:
 
     def begin_microbatch(self, batch: Batch) -> None:
         """Before the model is called on ``batch``: all of it, with every token of it, on every rank that computes a
-        part of it, on every stage."""
+        part of it, on every stage.
+
+        Raises:
+            ConfigError: its sequences are packed.
+        """
+        require_padded(batch)
         self._next = batch
 
     def end_step(self) -> dict[str, float]:
@@ -139,11 +147,19 @@ class AttachedLosses:
             values |= {name: total / (weight or 1.0) for name, total in zip(names, totals, strict=False)}
         return values
 
-    def _enter(self, _chunk: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    def _enter(self, _chunk: nn.Module, _inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._open:
             if self._next is None:
                 raise HiddenStatesError("begin_microbatch() must be called before each call of the model in a step")
+            if named.get("packed_seq_params") is not None:
+                raise _packed("packed_seq_params")
             self._batch, self._next = self._next, None
+
+    def _differentiate(self, state: Tensor, _given: Tensor) -> Tensor | None:
+        """Where all before it is frozen, no gradient of what goes into a layer is asked for, and then PyTorch never
+        recomputes the layer. On the first stage alone: what a stage receives always has one."""
+        graph = self._open and not self._forward_only
+        return None if state.requires_grad or not graph else state.detach().requires_grad_()
 
     def _leave(self, _chunk: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """A layer that is recomputed is so when the schedule has gone on to later microbatches: the gradient of a
@@ -161,6 +177,9 @@ class AttachedLosses:
         if batch is None:
             raise HiddenStatesError(f"loss {loss.name} cannot tell which microbatch its state is of")
         tokens = Tokens.at(self._points[loss.name], self._groups.place, batch)
+        if state_CBH.shape[:2] != (len(tokens.positions), len(batch["tokens"])):
+            rule = f"must be whole, and what this rank has of it [tokens, sequences] {list(state_CBH.shape[:2])}"
+            raise ConfigError("batch", rule, [len(tokens.positions), len(batch["tokens"])])
         graph = torch.is_grad_enabled() and not self._forward_only
         with torch.set_grad_enabled(graph), torch.autocast(state_CBH.device.type, enabled=False):
             part = loss.part(state_CBH, tokens, head)
@@ -202,10 +221,23 @@ class AttachedLosses:
         seen = f"computed {count.computed} times and started {count.started}" if count else "not, on another rank"
         return (
             f"loss {name} must be computed, and its gradient started, once for each of {self._microbatches} "
-            f"microbatches, but was {seen}: either nothing that is trained lies before a recomputed layer, which is "
-            "then not recomputed (turn recompute_granularity off, or train the embeddings), or the main loss does not "
-            f"depend on {self._points[name]}"
+            f"microbatches, but was {seen}: the main loss must depend on {self._points[name]}, and no layer may be "
+            "skipped"
         )
+
+
+def require_padded(batch: Batch) -> None:
+    """Refuses packed sequences.
+
+    Raises:
+        ConfigError: the batch has some.
+    """
+    if "cu_seqlens" in batch:
+        raise _packed("cu_seqlens")
+
+
+def _packed(sign: str) -> ConfigError:
+    return ConfigError("batch", "must be padded where losses are on states", f"packed ({sign})")
 
 
 class _Start(torch.autograd.Function):

@@ -51,13 +51,7 @@ class Tokens:
 
     @classmethod
     def at(cls, point: HookPoint, place: Place, batch: Batch) -> "Tokens":
-        """Of a rank at a residual site. The batch has ``tokens`` [B, S], each sequence padded on the right.
-
-        Raises:
-            ConfigError: sequences are packed.
-        """
-        if "cu_seqlens" in batch:
-            raise ConfigError("batch", "must be padded where losses are on states", "packed (`cu_seqlens`)")
+        """Of a rank at a residual site. The batch has ``tokens`` [B, S], each sequence padded on the right."""
         topology, length = place.topology, batch["tokens"].shape[1]
         whole = Microbatch(index=0, segments=(), tokens=length, packed=False)
         spans = spans_of(whole, part=place.cp, parts=topology.cp)

@@ -4,7 +4,9 @@ config = configure_training(folder, topology, stages=stages, state_losses=losses
 trainer = nl.Trainer(callbacks=[StateLossCallback()], strategy=megatron_strategy(topology), ...)
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
-from nemo_qwen_hidden.training.attach import AttachedLosses
+from nemo_qwen_hidden.training.attach import AttachedLosses, require_padded
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups
 from nemo_qwen_hidden.training.losses import StateLoss
 
@@ -27,9 +29,13 @@ def whole_batch_step(iterator: Iterator[Any]) -> dict[str, Any]:
     """NeMo's data step of a GPT, which leaves each stage what it needs, cut for its context-parallel rank; and beside
     it, under ``whole_batch``, the batch as the data module gave it, which losses on states take labels from."""
     given = next(iterator)
-    whole = given[0] if isinstance(given, tuple) else given
     batch: dict[str, Any] = gpt_data_step(iter([given]))
-    return {**batch, WHOLE: whole}
+    return {**batch, WHOLE: _batch_of(given)}
+
+
+def _batch_of(given: Any) -> Any:
+    """What NeMo's data loaders give is a batch, or one with its number and its loader's."""
+    return given[0] if isinstance(given, tuple) else given
 
 
 class StateLossCallback(pl.Callback):
@@ -37,7 +43,8 @@ class StateLossCallback(pl.Callback):
     every step by its name, in validation as ``val_`` and its name.
 
     Raises (when the run starts):
-        ConfigError: the configuration has no such losses, or its ``data_step_fn`` is not ``whole_batch_step``.
+        ConfigError: the configuration has no such losses, or its ``data_step_fn`` is not ``whole_batch_step``; or the
+            batches are packed, on every rank, before a schedule begins.
     """
 
     def __init__(self) -> None:
@@ -54,6 +61,15 @@ class StateLossCallback(pl.Callback):
         if self._attached is not None:
             self._attached.close()
             self._attached = None
+
+    def on_megatron_step_start(self, step: MegatronStep[Any, Any]) -> MegatronStep[Any, Any]:
+        """Called by NeMo before it takes the data of a schedule, on every rank. Looks at the first of them: in the
+        schedule a stage that refuses leaves others waiting."""
+        if self._attached is None or not isinstance(step.data, Iterator):
+            return step
+        first = next(step.data)
+        require_padded(_batch_of(first))
+        return dataclasses.replace(step, data=chain([first], step.data))
 
     def on_megatron_microbatches_start(self, step: MegatronStep[Any, Any]) -> None:
         """Called by NeMo before each schedule."""

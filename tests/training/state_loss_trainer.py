@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.support.training import Job, Piece, pieces_of, trainer_of
@@ -33,7 +34,8 @@ SAMPLES = MICROBATCHES * SEQUENCES
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A step of NeMo's Trainer. alone: without a language model's loss. save, resume: a checkpoint's folder.
-    then_nothing: a second step, in which no token counts."""
+    then_nothing: a second step, in which no token counts. packed: the batches say that they are.
+    freeze: all but the heads."""
 
     topology: Topology
     truth: str = "gradients"
@@ -44,6 +46,8 @@ class Run:
     resume: Path | None = None
     steps: int = 1
     then_nothing: bool = False
+    packed: bool = False
+    freeze: bool = False
 
 
 @dataclass(kw_only=True)
@@ -74,7 +78,11 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
         whole_batch_step,
     )
 
-    settings: dict[str, Any] = {"state_losses": chosen(folder), "data_step_fn": whole_batch_step, "seq_length": LENGTH}
+    settings: dict[str, Any] = {
+        "state_losses": chosen(folder, run.only),
+        "data_step_fn": whole_batch_step,
+        "seq_length": LENGTH,
+    }
     if run.alone:
         settings |= {"output_layer": False, "forward_step_fn": decoder_step}
     steps = run.steps + run.then_nothing
@@ -84,9 +92,19 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
     with trainer_of(rank, job, folder / "model", [watcher, StateLossCallback()]) as (trainer, model, _):
         if run.alone:
             model = StateLossModel(model.config, optim=model.optim)
+        if run.freeze:
+            _freeze(model)
         made = [*batches(), *nothing()] if run.then_nothing else batches()
-        data = ColumnData(columns(made), samples=SAMPLES * steps, micro_batch_size=SEQUENCES, global_batch_size=SAMPLES)
-        trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
+        data = ColumnData(
+            columns(made, packed=run.packed),
+            samples=SAMPLES * steps,
+            micro_batch_size=SEQUENCES,
+            global_batch_size=SAMPLES,
+        )
+        try:
+            trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
+        except ConfigError as error:
+            return Trained(errors={}, values={}, error=str(error), logged={}, first=[], pieces=[])
         if run.save is not None:
             with training_on_host():  # fit() has torn the strategy down
                 trainer.save_checkpoint(run.save)
@@ -95,9 +113,23 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
     return Trained(errors=watcher.errors, values=watcher.values, logged=logged, first=watcher.first, pieces=pieces)
 
 
-def columns(made: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _freeze(model: Any) -> None:
+    """As a ``configure_model`` of a subclass would: before DDP wraps it."""
+    build = model.configure_model
+
+    def configure_model(*arguments: Any, **named: Any) -> None:
+        build(*arguments, **named)
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_("state_heads" in name)
+
+    model.configure_model = configure_model
+
+
+def columns(made: Sequence[Mapping[str, torch.Tensor]], *, packed: bool) -> dict[str, torch.Tensor]:
     """Batches as samples, so that microbatch n of one replica is batch n."""
-    return {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
+    found = {name: torch.cat([batch[name] for batch in made]) for name in made[0]}
+    whole = torch.tensor([0, LENGTH], dtype=torch.int32).expand(len(found["tokens"]), -1)
+    return found | ({"cu_seqlens": whole} if packed else {})
 
 
 def _watcher(run: Run, folder: Path) -> Any:
@@ -122,12 +154,14 @@ def _watcher(run: Run, folder: Path) -> Any:
 
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if not self.values:
-                self.values = {name: float(trainer.callback_metrics[name]) for name in USUAL}
+                self.values = {name: float(trainer.callback_metrics[name]) for name in run.only}
 
         def on_megatron_microbatches_end(self, step: Any, **_: Any) -> None:
             if not self.errors and run.truth:
                 truth = folder / run.truth
-                expected = chunks_of(Case(topology=run.topology), folder, truth, truth / "heads.safetensors")
+                expected = chunks_of(
+                    Case(topology=run.topology, only=run.only), folder, truth, truth / "heads.safetensors"
+                )
                 self.errors = errors_of(live_chunks(step.pipeline.trainer), expected)
 
     return Watcher()

@@ -153,17 +153,21 @@ def by_transformers(
     only: Sequence[str] = USUAL,
     per_token: bool = False,
     language_model: float = 1.0,
+    weights: torch.dtype = torch.float64,
+    compute: torch.dtype = torch.float64,
 ) -> Truth:
-    """In float64, all in one graph. A mean over nothing is 0."""
+    """All in one graph; the losses and their heads in float64. weights: rounded to this. compute: the model's dtype. A
+    mean over nothing is 0."""
     from transformers import Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=weights, attn_implementation="eager").eval()
+    model = model.to(compute)
     heads = load_file(folder / "heads.safetensors") | {
         "started.0.residual.weight": torch.zeros(HIDDEN, HIDDEN),
         "started.0.residual.bias": torch.zeros(HIDDEN),
         "started.0.output.weight": model.lm_head.weight.detach().clone(),
     }
-    heads = {name: w.double().requires_grad_() for name, w in heads.items()}
+    heads = {name: w.to(weights).double().requires_grad_() for name, w in heads.items()}
     states: dict[str, Tensor] = {}
     layers = model.model.layers
     handles = [
@@ -184,16 +188,17 @@ def by_transformers(
     weights = [float(batch["loss_mask"].sum()) if per_token else 1.0 for batch in everything]
     total, values, accuracy = torch.zeros((), dtype=torch.float64), dict[str, float](), 0.0
     for batch, weight in zip(everything, weights, strict=True):
-        logits = model(batch["tokens"], use_cache=False).logits
+        logits = model(batch["tokens"], use_cache=False).logits.double()
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
         mask = batch["loss_mask"].flatten().double()
         share = weight / max(sum(weights), 1)
         total = total + language_model * share * _mean(losses * mask, mask)
-        for name, value in _plain(states, heads, batch, folder).items():
+        given = {name: state.double() for name, state in states.items()}
+        for name, value in _plain(given, heads, batch, folder).items():
             if name in only:
                 total = total + FACTORS.get(name, 1.0) * share * value
                 values[name] = values.get(name, 0.0) + share * value.item()
-        last = states["class"][torch.arange(SEQUENCES), batch["last"]]
+        last = given["class"][torch.arange(SEQUENCES), batch["last"]]
         right = (last @ heads["class.weight"].T).argmax(dim=1) == batch["classes"]
         accuracy += share * _mean(right, batch["classes"] != IGNORED).item()
     total.backward()
@@ -208,7 +213,7 @@ def by_transformers(
 
 
 def _grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).double()
 
 
 def _first(output: Any) -> Tensor:
@@ -309,16 +314,19 @@ class Case:
     per_token: bool = False
     freeze: bool = False
     only: tuple[str, ...] = USUAL
+    dtype: str = "fp32"
     forward_only: bool = False
 
 
 @dataclass(kw_only=True)
 class Found:
-    """errors: of each parameter of this rank, |gradient - truth| / |truth|. values: of each loss."""
+    """errors: of each parameter of this rank, |gradient - truth| / |truth|. values: of each loss. dtypes: of
+    parameters, and of their gradients."""
 
     errors: dict[str, float]
     values: dict[str, float]
     error: str = ""
+    dtypes: set[tuple[str, str]] = field(default_factory=set)
 
 
 def run(rank: Rank, folder: Path, cases: Sequence[Case]) -> list[Found]:
@@ -352,7 +360,7 @@ def chunks_of(case: Case, folder: Path, weights: Path, heads: Path) -> list[Any]
     if topology.pp > 1:
         settings["microbatch_group_size_per_vp_stage"] = topology.pp
     stages = stages_of(LAYERS, pp=topology.pp, vp=topology.vp)
-    config = configure_training(weights, topology, stages=stages, **settings | dict(case.settings))
+    config = configure_training(weights, topology, stages=stages, dtype=case.dtype, **settings | dict(case.settings))
     if case.grad_scale != 1:
         config.grad_scale_func = lambda loss: loss * case.grad_scale
     chunks = []
@@ -376,6 +384,7 @@ def fill_heads(chunk: Any, heads: Mapping[str, Tensor], place: Any) -> None:
 def _schedule(case: Case, folder: Path, groups: Any) -> Found:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
 
     from nemo_qwen_hidden.errors import HiddenStatesError
     from nemo_qwen_hidden.training.attach import AttachedLosses
@@ -386,8 +395,11 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_("state_heads" in name)
-    options = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
-    wrapped = [DistributedDataParallel(config, options, chunk) for chunk in chunks]
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    narrow = case.dtype != "fp32"
+    wrapped = [
+        DistributedDataParallel(config, options, Float16Module(config, chunk) if narrow else chunk) for chunk in chunks
+    ]
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -416,7 +428,9 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
         return Found(errors={}, values=values)
     truth = folder / case.truth
     expected = chunks_of(Case(topology=topology, only=case.only), folder, truth, truth / "heads.safetensors")
-    return Found(errors=errors_of(chunks, expected, scale=case.grad_scale), values=values)
+    trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+    dtypes = {(str(p.dtype), str(p.main_grad.dtype)) for p in trained}
+    return Found(errors=errors_of(chunks, expected, scale=case.grad_scale), values=values, dtypes=dtypes)
 
 
 def errors_of(chunks: Sequence[Any], expected: Sequence[Any], *, scale: float = 1.0) -> dict[str, float]:
@@ -475,6 +489,40 @@ def new_heads(rank: Rank, folder: Path, topology: Topology) -> tuple[dict[str, A
         untouched = torch.equal(before, torch.get_rng_state())
         dist.barrier()
     return {name: p.detach().numpy() for name, p in chunk.state_heads.named_parameters()}, untouched
+
+
+def refused(rank: Rank, folder: Path) -> list[str]:
+    """What is said to a packed batch, to one that says nothing of being packed, to part of a batch, and to a main loss
+    that does not depend on the states."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from nemo_qwen_hidden.errors import HiddenStatesError
+    from nemo_qwen_hidden.parallel.groups import process_groups
+    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo_qwen_hidden.training.attach import AttachedLosses
+
+    case = Case(topology=Topology(), only=("detached", "value"))
+    batch = batches()[0]
+    part = {name: values[:1] for name, values in batch.items()}
+    said = []
+    with process_groups(case.topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups, training_on_host():
+        (chunk,) = chunks_of(case, folder, folder / "model", folder / "heads.safetensors")
+        with AttachedLosses([chunk], chosen(folder, case.only), groups) as attached:
+
+            def step(batch: Mapping[str, Tensor], **more: Any) -> None:
+                attached.begin_step(num_microbatches=1)
+                attached.begin_microbatch(batch)
+                chunk(*inputs, None, **more)
+                attached.end_step()
+
+            inputs = batch["tokens"], batch["position_ids"]
+            packed = {"packed_seq_params": PackedSeqParams()}
+            for given, more in ((batch | {"cu_seqlens": torch.zeros(2)}, {}), (batch, packed), (part, {}), (batch, {})):
+                try:
+                    step(given, **more)
+                except HiddenStatesError as error:
+                    said.append(str(error))
+    return said
 
 
 @dataclass(frozen=True, kw_only=True)
