@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDING, FINAL_NORM, OUTPUT = "embed_tokens.weight", "norm.weight", "lm_head.weight"
+SCORE = "score.weight"
+"""A sequence classifier's in place of the output layer."""
 FLOATS = ("F32", "BF16", "F16")
 _PREFIX = "model."
 _LENGTH_BYTES = 8
@@ -86,7 +88,7 @@ class TensorFiles:
 
     def full_name(self, name: str) -> str:
         """The name that the files use."""
-        return name if name == OUTPUT else self.prefix + name
+        return name if name in (OUTPUT, SCORE) else self.prefix + name
 
     def check(self, shape: DecoderShape) -> None:
         """Compares names, shapes and dtypes with what a Qwen2 of this shape has; reads headers only.

@@ -555,7 +555,8 @@ def _classified(groups: Any, ids: Tensor, problem: Problem) -> tuple[float, Any,
     from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
     from nemo_qwen_hidden.training.attach import AttachedLosses
-    from nemo_qwen_hidden.training.losses import SequenceClassifier, Tokens
+    from nemo_qwen_hidden.training.losses import SequenceClassifier
+    from nemo_qwen_hidden.training.state_loss import Tokens
 
     batch, positions = {"tokens": ids, "classes": problem.labels}, torch.arange(ids.shape[1]).expand_as(ids)
     point, states = HookPoint("final_norm"), []

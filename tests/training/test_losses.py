@@ -324,7 +324,7 @@ def test_settings_of_losses_are_checked(tmp_path: Path) -> None:
 
 def test_batches_are_checked() -> None:
     from nemo_qwen_hidden.hookpoint import HookPoint
-    from nemo_qwen_hidden.training.losses import Tokens
+    from nemo_qwen_hidden.training.state_loss import Tokens
 
     place, ids = Topology(tp=2, sp=True, cp=2).at(1), torch.arange(8).expand(2, -1)
     tokens = Tokens.at(HookPoint("embed"), place, {"tokens": ids})
