@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.architecture import read_architecture
@@ -14,9 +15,11 @@ from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
 from tests.distributed.conftest import NemoFolders
-from tests.support.models import ragged_batch, relative_error, transformers_states
-from tests.support.nemo import alone, lora_applied, merged
+from tests.support.crafted_nemo import craft, make_hostile
+from tests.support.models import TINY, Tiny, ragged_batch, relative_error, transformers_states
+from tests.support.nemo import alone, lora_applied, merged, reopened
 from tests.support.ranks import gathered, losses
+from tests.support.training import whole_weights
 
 LAYOUTS = [Topology(), Topology(pp=3), Topology(tp=2, sp=True), Topology(tp=2, pp=2)]
 
@@ -36,10 +39,44 @@ def test_any_layout_opens_what_tp2_pp2_wrote(topology: Topology, nemo_folders: N
             assert relative_error(torch.from_numpy(values[row, :length]), reference[row][point]) <= 5e-6
 
 
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, sp=True), Topology(pp=3)], ids=str)
+def test_a_trained_checkpoint_has_the_weights_that_the_run_ended_with(
+    topology: Topology, nemo_folders: NemoFolders, start_ranks: Start
+) -> None:
+    """Of replicas, context-parallel ranks and virtual stages, whatever the optimizer keeps beside them: with bf16 those
+    that the model computes with, and not the optimizer's in fp32."""
+    folders = [folder for folder, _ in nemo_folders.trained.values()]
+    opened = zip(*start_ranks(topology.world, reopened, topology, folders), strict=True)
+    before = load_file(nemo_folders.huggingface / "model.safetensors")["model.norm.weight"].numpy()
+    for (name, (folder, ended)), ranks in zip(nemo_folders.trained.items(), opened, strict=True):
+        found = whole_weights(ranks)
+        assert sorted(found) == sorted(ended), name
+        for tensor, values in ended.items():
+            np.testing.assert_array_equal(found[tensor], values, err_msg=f"{name}: {tensor}")
+        assert not np.array_equal(ended["decoder.final_layernorm.weight"], before)
+        weights = open_weights(folder, read_architecture(folder))
+        assert {weights.dtype(each) for each in weights.names} == {"BF16" if "bf16" in name else "F32"}
+        kept = " ".join(each for each in weights.stored.tensors if each.startswith("optimizer."))
+        assert ("optimizer.distributed." in kept) is (name == "dp2 bf16, distributed optimizer")
+        assert ("param" in kept) is ("bf16" in name or "distributed" in name)
+
+
 def test_a_process_without_groups_opens_it_too(nemo_folders: NemoFolders, start_ranks: Start) -> None:
     batch = ragged_batch((7, 3), vocab=384)
     one, other = (start_ranks(1, alone, folder, batch)[0] for folder in (nemo_folders.huggingface, nemo_folders.nemo))
     np.testing.assert_array_equal(one, other)
+
+
+def test_ranks_execute_nothing_of_a_checkpoint(
+    tiny_folders: dict[Tiny, Path], tmp_path: Path, start_ranks: Start
+) -> None:
+    nemo = craft(tiny_folders[TINY[0]], tmp_path / "nemo")
+    make_hostile(nemo, tmp_path / "executed")
+    folders = [tiny_folders[TINY[0]], nemo]
+    (theirs,), (ours,) = start_ranks(2, gathered, Topology(tp=2), folders, ragged_batch((5,)), ({},))[0]
+    for point, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[point], err_msg=str(point))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_half_precision_and_the_output_layer(nemo_folders: NemoFolders, start_ranks: Start) -> None:
