@@ -62,12 +62,12 @@ def _may_have_children() -> None:
     current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
-def converted(rank: Rank, source: Path, target: Path) -> Any:
+def converted(rank: Rank, source: Path, target: Path, adapter: str | None = None) -> Any:
     """What ``convert`` says that it did; here, because NeMo is imported already."""
     from nemo_qwen_hidden.conversion import convert
 
     _may_have_children()
-    return convert(str(source), str(target))
+    return convert(str(source), str(target), adapter=adapter)
 
 
 def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
