@@ -7,7 +7,7 @@ LoRA (https://arxiv.org/abs/2106.09685): y = W x + alpha / dim * B (A x), with A
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_qwen_hidden.checkpoint.distributed import DTYPES, WEIGHTS, DistributedFiles
 from nemo_qwen_hidden.checkpoint.nemo_context import CONTEXT, MODEL, read_context
+from nemo_qwen_hidden.checkpoint.opened import Weights
 from nemo_qwen_hidden.checkpoint.qkv import projection
-from nemo_qwen_hidden.checkpoint.tensors import FLOATS, Reader
+from nemo_qwen_hidden.checkpoint.tensors import FLOATS, Raw, Reader
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError
 from nemo_qwen_hidden.plan.footprint import DecoderShape
 
@@ -52,8 +53,11 @@ class Adapter:
     pairs: Mapping[tuple[int, str], tuple["_Matrix", "_Matrix"]]
 
     @classmethod
-    def of(cls, path: str | Path, shape: DecoderShape) -> "Adapter":
+    def of(cls, path: str | Path, shape: DecoderShape, setting: str = SETTING) -> "Adapter":
         """Reads the adapter's context and the list of its tensors, and compares them with the model's sizes.
+
+        Args:
+            setting: what named the folder, for errors.
 
         Raises:
             CheckpointError: no such folder, or something of it is missing or does not fit the model.
@@ -62,14 +66,14 @@ class Adapter:
         folder = Path(path).expanduser()
         if not (folder / WEIGHTS).is_dir():
             rule = f"must be a folder with `{WEIGHTS}/` and `{CONTEXT}/`, as NeMo saves an adapter"
-            raise CheckpointError(SETTING, rule, str(path))
-        transform = read_context(folder, SETTING).get("model_transform")
+            raise CheckpointError(setting, rule, str(path))
+        transform = read_context(folder, setting).get("model_transform")
         target = transform.get("_target_") if isinstance(transform, dict) else transform
         if not isinstance(transform, dict) or target != _LORA:
             rule = "must be NeMo's LoRA (`llm.peft.LoRA`)"
-            raise UnsupportedModelError(f"{SETTING}: {CONTEXT}/{MODEL}: model_transform", rule, target)
-        dim, alpha = (_number(transform, field) for field in ("dim", "alpha"))
-        stored = DistributedFiles.of(folder / WEIGHTS, SETTING)
+            raise UnsupportedModelError(f"{setting}: {CONTEXT}/{MODEL}: model_transform", rule, target)
+        dim, alpha = (_number(transform, field, setting) for field in ("dim", "alpha"))
+        stored = DistributedFiles.of(folder / WEIGHTS, setting)
         return cls(folder, stored, shape, int(dim), alpha, _pairs(stored, shape, int(dim)))
 
     @cached_property
@@ -141,6 +145,31 @@ class MergedReader:
         return name in self._reader
 
 
+class MergedWeights:
+    """The tensors of a folder with an adapter merged in: added in fp32, and rounded once to the dtype of the file."""
+
+    def __init__(self, weights: Weights, adapter: Adapter) -> None:
+        self._weights, self._adapter = weights, adapter
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._weights.names
+
+    def raw(self) -> Callable[[str], Raw]:
+        """Gives the bytes of each tensor, as a safetensors file would hold them."""
+        plain = self._weights.raw()
+
+        def read(name: str) -> Raw:
+            found = plain(name)
+            if name not in self._adapter:
+                return found
+            weight = found.tensor()
+            return Raw.of(weight.float().add_(self._adapter.change(name)).to(weight.dtype))
+
+        return read
+
+
 class ChangesReader:
     """A reader of the changes alone; no other tensor can be read of it."""
 
@@ -164,18 +193,20 @@ def _pairs(stored: DistributedFiles, shape: DecoderShape, dim: int) -> dict[tupl
         expected = (shape.num_layers, *wanted) if stacked else wanted
         if tensor.shape != expected:
             rule = f"must have shape {list(expected)}, as the model and the adapter's `dim` make it"
-            raise CheckpointError(f"{SETTING}: {name}", rule, list(tensor.shape))
+            raise CheckpointError(f"{stored.setting}: {name}", rule, list(tensor.shape))
         if tensor.dtype not in FLOATS:
-            raise UnsupportedModelError(f"{SETTING}: {name}", f"must be one of {', '.join(FLOATS)}", tensor.dtype)
+            raise UnsupportedModelError(
+                f"{stored.setting}: {name}", f"must be one of {', '.join(FLOATS)}", tensor.dtype
+            )
         layers = sorted({chunk.offsets[0] for chunk in tensor.chunks}) if layer is None else [layer]
         for each in layers:
             found.setdefault((each, linear), {})[side] = _Matrix(name, each if stacked else None)
     if not found:
-        raise CheckpointError(SETTING, "must hold the matrices of a LoRA", str(stored.folder.parent))
+        raise CheckpointError(stored.setting, "must hold the matrices of a LoRA", str(stored.folder.parent))
     for (layer, linear), sides in found.items():
         if len(sides) != 2 or layer >= shape.num_layers:
             rule = f"must hold `linear_in` and `linear_out` for `{linear}` of layers below {shape.num_layers}"
-            raise CheckpointError(SETTING, rule, f"{', '.join(sides)} of layer {layer}")
+            raise CheckpointError(stored.setting, rule, f"{', '.join(sides)} of layer {layer}")
     return {key: (sides["in"], sides["out"]) for key, sides in found.items()}
 
 
@@ -187,7 +218,7 @@ def _matrices(stored: DistributedFiles) -> Iterator[tuple[str, str, str, int | N
         match = _NAME.fullmatch(name)
         if match is None or match["linear"] not in _OF_LINEAR:
             rule = f"must be a LoRA of {', '.join(_OF_LINEAR)} alone, and have no tensor `{name}`"
-            raise UnsupportedModelError(SETTING, rule, str(stored.folder.parent))
+            raise UnsupportedModelError(stored.setting, rule, str(stored.folder.parent))
         yield name, match["linear"], match["side"], None if match["layer"] is None else int(match["layer"])
 
 
@@ -202,9 +233,9 @@ def _sizes(shape: DecoderShape, linear: str, dim: int) -> dict[str, tuple[int, i
     return {"in": (dim, inner), "out": (outer, dim)}
 
 
-def _number(transform: Mapping[str, Any], field: str) -> float:
+def _number(transform: Mapping[str, Any], field: str, setting: str) -> float:
     value = transform.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        place = f"{SETTING}: {CONTEXT}/{MODEL}: model_transform: {field}"
+        place = f"{setting}: {CONTEXT}/{MODEL}: model_transform: {field}"
         raise CheckpointError(place, "must be a number above 0", value)
     return value

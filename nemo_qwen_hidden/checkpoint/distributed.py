@@ -10,7 +10,6 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +136,7 @@ class DistributedFiles:
         stored = self.tensors[name]
         full = (*wanted, *[slice(None)] * (len(stored.shape) - len(wanted)))
         spans = [range(*each.indices(size)) for each, size in zip(full, stored.shape, strict=True)]
+        sizes = [len(span) for span in spans]
         out: torch.Tensor | None = None
         filled = 0
         for chunk in stored.chunks:
@@ -146,13 +146,15 @@ class DistributedFiles:
             ]
             if not all(common):
                 continue
-            block = self._block(name, chunk)
-            if out is None:
-                out = torch.empty([len(span) for span in spans], dtype=block.dtype)
             inside = [slice(c.start - o, c.stop - o) for c, o in zip(common, chunk.offsets, strict=True)]
+            block = self._block(name, chunk)[tuple(inside)]
+            if list(block.shape) == sizes:
+                return block
+            if out is None:
+                out = torch.empty(sizes, dtype=block.dtype)
             target = [slice(c.start - s.start, c.stop - s.start) for c, s in zip(common, spans, strict=True)]
-            out[tuple(target)] = block[tuple(inside)]
-            filled += prod(len(each) for each in common)
+            out[tuple(target)] = block
+            filled += block.numel()
         if out is None or filled != out.numel():
             raise CheckpointError(self.setting, f"must hold all of the tensor `{name}`", str(self.folder.parent))
         return out
@@ -160,16 +162,40 @@ class DistributedFiles:
     def _block(self, name: str, chunk: Chunk) -> "torch.Tensor":
         import torch
 
-        with open(self.folder / chunk.file, "rb") as file:
-            file.seek(chunk.start)
-            contents = io.BytesIO(file.read(chunk.length))
         try:
-            block: torch.Tensor = torch.load(contents, map_location="cpu", weights_only=True)
+            with open(self.folder / chunk.file, "rb", buffering=0) as file:
+                window: Any = _Window(file, chunk.start, chunk.length)  # Any: less than torch's type asks for
+                block: torch.Tensor = torch.load(window, map_location="cpu", weights_only=True)
             return block.reshape(chunk.sizes)
         except (RuntimeError, pickle.UnpicklingError, EOFError, *_MALFORMED) as error:
             reason = str(error).strip().partition("\n")[0]
             rule = f"must hold a readable `{name}` in `{WEIGHTS}/{chunk.file}` ({reason})"
             raise CheckpointError(self.setting, rule, str(self.folder.parent)) from None
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a file as a file: no second copy of them in memory."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length = file, start, length
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(self._start + base + offset) - self._start
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self._file.readinto(memoryview(buffer)[: max(0, self._length - self.tell())])
 
 
 _MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -185,16 +211,12 @@ class _Record:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
-class _Size(tuple[int, ...]):
-    """torch.Size."""
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return type(name, (_Record,), {})
         if (module, name) == ("torch", "Size"):
-            return _Size
+            return tuple
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) == ("torch.serialization", "_get_layout"):

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_qwen_hidden.checkpoint.distributed import DTYPES, WEIGHTS, DistributedFiles, Stored
+from nemo_qwen_hidden.checkpoint.distributed import WEIGHTS, DistributedFiles, Stored
 from nemo_qwen_hidden.checkpoint.nemo_context import CONTEXT, MODEL
 from nemo_qwen_hidden.checkpoint.qkv import projection
 from nemo_qwen_hidden.checkpoint.tensors import EMBEDDING, FINAL_NORM, FLOATS, OUTPUT, Raw, expected_shapes
@@ -173,14 +173,7 @@ class NemoTensors:
 
     def raw(self) -> Callable[[str], Raw]:
         """Gives the bytes of each tensor, as a safetensors file would hold them."""
-        import torch
-
-        def read(name: str) -> Raw:
-            tensor = self.read(name).contiguous()
-            data = tensor.view(torch.uint8).numpy().data.cast("B")
-            return Raw(dtype=DTYPES[str(tensor.dtype).removeprefix("torch.")], shape=tuple(tensor.shape), data=data)
-
-        return read
+        return lambda name: Raw.of(self.read(name))
 
 
 def _check_one(name: str, stored: Stored, size: tuple[int, ...], *, padded: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nemo_qwen_hidden.checkpoint.distributed import DTYPES
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError
 from nemo_qwen_hidden.plan.footprint import DecoderShape
 
@@ -51,6 +52,22 @@ class Raw:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+
+    @classmethod
+    def of(cls, tensor: "torch.Tensor") -> "Raw":
+        """Shares the memory of a contiguous tensor."""
+        import torch
+
+        whole = tensor.contiguous()
+        data = whole.view(torch.uint8).numpy().data.cast("B")
+        return cls(dtype=DTYPES[str(whole.dtype).removeprefix("torch.")], shape=tuple(whole.shape), data=data)
+
+    def tensor(self) -> "torch.Tensor":
+        """A copy."""
+        import torch
+
+        dtype = {safetensors: name for name, safetensors in DTYPES.items()}[self.dtype]
+        return torch.frombuffer(bytearray(self.data), dtype=getattr(torch, dtype)).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_qwen_hidden.checkpoint.adapter import Adapter, MergedWeights
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.nemo_context import CONTEXT
 from nemo_qwen_hidden.checkpoint.nemo_tensors import NemoTensors
 from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
-from nemo_qwen_hidden.checkpoint.tensors import EMBEDDING, OUTPUT, expected_shapes
+from nemo_qwen_hidden.checkpoint.tensors import EMBEDDING, OUTPUT, Raw, expected_shapes
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def write_huggingface(
     source: Path,
     to: Path,
     *,
+    adapter: Adapter | None = None,
     file_bytes: int = FILE_BYTES,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -38,6 +40,7 @@ def write_huggingface(
     importer unties what was tied.
 
     Args:
+        adapter: is merged into the weights, see ``MergedWeights``.
         file_bytes: a file holds at most so many bytes of tensors, unless one is larger.
         report: is told how many tensors are written, and how many there are.
 
@@ -49,7 +52,8 @@ def write_huggingface(
     assert isinstance(weights, NemoTensors)
     tied = _tied(weights, architecture)
     names = [*expected_shapes(architecture.shape), *(() if tied else (OUTPUT,))]
-    files = _write_tensors(weights, names, to, file_bytes, report)
+    read = weights.raw() if adapter is None else MergedWeights(weights, adapter).raw()
+    files = _write_tensors(read, list(_groups(weights, names, file_bytes)), to, report)
     dtypes = {weights.dtype(name) for name in names}
     generation = _copied_generation(source, to)
     config: dict[str, Any] = {**architecture.config, "tie_word_embeddings": tied}
@@ -75,19 +79,19 @@ def _tied(weights: NemoTensors, architecture: Architecture) -> bool:
 
 
 def _write_tensors(
-    weights: NemoTensors, names: list[str], to: Path, file_bytes: int, report: Callable[[int, int], None]
+    read: Callable[[str], Raw], groups: list[list[str]], to: Path, report: Callable[[int, int], None]
 ) -> dict[str, list[str]]:
     """The names of the tensors in each file, by the file's name."""
     from safetensors.torch import save_file
 
-    groups = list(_groups(weights, names, file_bytes))
+    total = sum(map(len, groups))
     files: dict[str, list[str]] = {}
     done = 0
     for number, group in enumerate(groups, start=1):
         held: dict[str, torch.Tensor] = {}
         for name in group:
-            held[name if name == OUTPUT else _PREFIX + name] = weights.read(name).contiguous()
-            report(done := done + 1, len(names))
+            held[name if name == OUTPUT else _PREFIX + name] = read(name).tensor()
+            report(done := done + 1, total)
         single = len(groups) == 1
         file = "model.safetensors" if single else f"model-{number:05}-of-{len(groups):05}.safetensors"
         save_file(held, to / file, {"format": "pt"})

@@ -71,7 +71,7 @@ class Qwen2HiddenModel(EffectCalls, Qwen2Model):
         adapter: str | Path | None = None,
     ) -> "Qwen2HiddenModel":
         """Builds this rank's part of a checkpoint and reads its weights. Collective over all ranks where ``groups`` is
-        None, and where ``path`` is a NeMo checkpoint.
+        None.
 
         Args:
             path: a folder with config.json and safetensors, or a hub id, or a NeMo 2 checkpoint; None is the embedded

@@ -1,27 +1,26 @@
-"""From a NeMo checkpoint, written in any layout, to one rank's parameters, through Megatron's ``dist_checkpointing``.
+"""From a NeMo checkpoint, written in any layout, to one rank's parameters.
 
-Megatron's own sharded state dict of the model says which part of which tensor each parameter is; that part alone is
-read, into the parameter itself. Optimizer state, Megatron's ``common.pt`` and the modules' extra state (both pickles)
-are not asked for, and so not read.
+The sharded state dict of Megatron's ``dist_checkpointing`` says which part of which tensor each parameter is; that part
+alone is read, into the parameter itself. The bytes are read by ``DistributedFiles`` and not by
+``dist_checkpointing.load``, which unpickles ``.metadata`` with whatever it names, and the bytes of what that calls no
+tensor (torch 2.13, ``distributed/checkpoint/filesystem.py:930``, ``default_planner.py:387``).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factories
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.adapter import Adapter, ChangesReader
+from nemo_qwen_hidden.checkpoint.distributed import DistributedFiles
 from nemo_qwen_hidden.checkpoint.nemo_tensors import NemoTensors
 from nemo_qwen_hidden.errors import HiddenStatesError
 from nemo_qwen_hidden.model.weights import assignments
-from nemo_qwen_hidden.parallel.host import megatron_on_host
 from nemo_qwen_hidden.topology import Place
 
 _Parameter = tuple[int, str]
@@ -31,35 +30,28 @@ _Parameter = tuple[int, str]
 def load_nemo_weights(
     chunks: Sequence[MCoreGPTModel], tensors: NemoTensors, place: Place, adapter: Adapter | None = None
 ) -> None:
-    """Fills every parameter of this rank's model chunks. Collective over all ranks.
+    """Fills every parameter of this rank's model chunks.
 
     Parameters that ``adapter`` changes are read in fp32, changed, and rounded once.
 
     Raises:
+        CheckpointError: damaged bytes.
         HiddenStatesError: a parameter that no tensor was assigned to, which would leave it random.
     """
     apart = {} if adapter is None else _apart(chunks, adapter)
-    wanted: dict[str, ShardedStateDict] = {}
-    for number, chunk in enumerate(chunks):
-        sharded = _sharded(chunk, tensors)
-        unassigned = {name for name, _ in chunk.named_parameters() if tensors.prefix + name not in sharded}
-        if unassigned:
-            raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
-        for name in list(sharded):
-            key = (number, name.removeprefix(tensors.prefix))
-            if key in apart:
-                sharded[name].data = apart[key]
-        # Done here, the parts of linear_fc1 are read into their places, and not put together once more afterwards.
-        apply_factories(sharded)
-        wanted[f"chunk{number}"] = sharded
-    with torch.no_grad(), megatron_on_host():
-        dist_checkpointing.load(
-            wanted,
-            str(tensors.stored.folder),
-            common_strategy=_NothingCommon(),
-            validate_access_integrity=False,
-        )
-        for chunk in chunks:
+    with torch.no_grad():
+        for number, chunk in enumerate(chunks):
+            sharded = _sharded(chunk, tensors)
+            unassigned = {name for name, _ in chunk.named_parameters() if tensors.prefix + name not in sharded}
+            if unassigned:
+                raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
+            for name in list(sharded):
+                key = (number, name.removeprefix(tensors.prefix))
+                if key in apart:
+                    sharded[name].data = apart[key]
+            apply_factories(sharded)  # linear_fc1 becomes its two halves, each of which knows its place
+            for part in nested_values(sharded):
+                _fill(part, tensors.stored)
             for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 parameter = dict(chunk.named_parameters()).get(name)
                 if parameter is not None:
@@ -67,6 +59,19 @@ def load_nemo_weights(
                     parameter[max(0, tensors.shape.vocab_size - place.tp * len(parameter)) :].zero_()
         if adapter is not None:
             _change(chunks, apart, adapter, place)
+
+
+def _fill(part: ShardedTensor, stored: DistributedFiles) -> None:
+    """Reads a part [*local_shape], which begins at ``global_offset`` of a tensor that may have axes before these. Of a
+    table, whose padding may be another in the file, as much as there is."""
+    sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+    spans = [slice(start, start + size) for start, size in zip(part.global_offset, sizes, strict=True)]
+    if not part.allow_shape_mismatch:
+        part.data.copy_(stored.read(part.key, *spans).reshape(part.local_shape))
+        return
+    held = len(range(*spans[0].indices(stored.tensors[part.key].shape[0])))
+    if held:
+        part.data[:held].copy_(stored.read(part.key, *spans))
 
 
 def _apart(chunks: Sequence[MCoreGPTModel], adapter: Adapter) -> dict[_Parameter, Tensor]:
@@ -109,19 +114,3 @@ def _of_all_layers(chunk: MCoreGPTModel, layers: int) -> Iterator[None]:
         yield
     finally:
         config.num_layers = built
-
-
-class _NothingCommon(LoadCommonStrategy):
-    """Leaves ``common.pt`` alone: a pickle with the trainer's state, of which no weight depends."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> Any:
-        raise HiddenStatesError("objects of a checkpoint are never read")
-
-    def check_backend_compatibility(self, loaded_backend: object) -> None:
-        """Of any."""
-
-    def check_version_compatibility(self, loaded_version: object) -> None:
-        """Of any."""

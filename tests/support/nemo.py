@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.support.models import Batch
-from tests.support.training import Job, trainer_of
+from tests.support.training import Job, Outcome, pieces_in, pieces_of, trainer_of
 
 DIM, ALPHA = 4, 6
 
@@ -30,9 +30,9 @@ def without_transformer_engine() -> Iterator[None]:
         yield
 
 
-def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequence[str] = ()) -> None:
+def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequence[str] = ()) -> Outcome:
     """Trains a job from the weights of ``folder``, and saves it as NeMo's ``ModelCheckpoint`` does (its state, then the
-    context); with ``target_modules`` a LoRA of these."""
+    context); with ``target_modules`` a LoRA of these. Returns the weights that this rank ends with."""
     from nemo.collections.llm.peft import LoRA
     from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
     from nemo.lightning.io.pl import TrainerContext
@@ -53,6 +53,7 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
         if rank.rank == 0:
             TrainerContext.from_trainer(trainer).io_dump(ckpt_to_context_subdir(to), yaml_attrs=["model"])
         dist.barrier()
+        return Outcome(pieces=pieces_of(trainer))
 
 
 def _may_have_children() -> None:
@@ -61,12 +62,12 @@ def _may_have_children() -> None:
     current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
-def converted(rank: Rank, source: Path, target: Path) -> Any:
+def converted(rank: Rank, source: Path, target: Path, adapter: str | None = None) -> Any:
     """What ``convert`` says that it did; here, because NeMo is imported already."""
     from nemo_qwen_hidden.conversion import convert
 
     _may_have_children()
-    return convert(str(source), str(target))
+    return convert(str(source), str(target), adapter=adapter)
 
 
 def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
@@ -87,11 +88,26 @@ def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
         )
 
 
-def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> None:
+def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> list[Outcome]:
     """``trained`` several times on the same ranks."""
     _may_have_children()
-    for each in work:
-        trained(rank, *each)
+    return [trained(rank, *each) for each in work]
+
+
+def reopened(rank: Rank, topology: Topology, folders: Sequence[Path]) -> list[Outcome]:
+    """This rank's part of the weights of each of some checkpoints, output layer included."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+    from nemo_qwen_hidden.parallel.groups import process_groups
+
+    torch.set_num_threads(1)
+    found = []
+    with process_groups(topology, rank=rank.rank, rendezvous=rank.rendezvous) as groups:
+        for folder in folders:
+            model = Qwen2HiddenModel.from_pretrained(folder, groups=groups, output_layer=True)
+            state = {n: chunk.sharded_state_dict(prefix="module.") for n, chunk in enumerate(model.chunks)}
+            found.append(Outcome(pieces=pieces_in(state)))
+        dist.barrier()
+    return found
 
 
 def lora_applied(rank: Rank, folder: Path, adapter: Path, batch: Batch, points: Sequence[str]) -> Any:

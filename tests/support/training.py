@@ -202,11 +202,15 @@ def _watcher() -> Any:
 
 
 def pieces_of(trainer: Any) -> list[Piece]:
-    """This rank's part of the weights, as Megatron itself says what part of what they are."""
+    """This rank's part of the weights."""
+    return pieces_in(trainer.strategy.megatron_parallel.sharded_state_dict())
+
+
+def pieces_in(state: dict[str, Any]) -> list[Piece]:
+    """The tensors of a sharded state dict, as Megatron itself says what part of what they are."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    state = trainer.strategy.megatron_parallel.sharded_state_dict()
     apply_factories(state)
     return [
         Piece(
