@@ -4,6 +4,7 @@ Units are in the names: ``_tokens``, ``_rows``. Nothing below the command line s
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 
@@ -285,6 +286,9 @@ def check_finetuning(settings: FinetuneSettings) -> None:
             problems.append(ConfigError(f"train.{name}", f"must be at least {bound}", value))
     if train.min_lr > train.lr:
         problems.append(ConfigError("train.min_lr", f"must be at most `train.lr` ({train.lr})", train.min_lr))
+    if train.warmup_steps >= train.max_steps >= 1:
+        rule = f"must be below `train.max_steps` ({train.max_steps})"
+        problems.append(ConfigError("train.warmup_steps", rule, train.warmup_steps))
     if train.seed >= 2**32:
         problems.append(ConfigError("train.seed", "must be below 2**32", train.seed))
     if not 0 <= train.validation_part < 1:
@@ -299,11 +303,7 @@ def check_finetuning(settings: FinetuneSettings) -> None:
     for name in ("every", "probe_documents"):
         if (value := getattr(settings.watch, name)) is not None and value < 1:
             problems.append(ConfigError(f"watch.{name}", "must be at least 1", value))
-    if settings.watch.store is not None and settings.watch.store == settings.watch.probe_store:
-        rule = "must be another folder than `watch.store`"
-        problems.append(ConfigError("watch.probe_store", rule, settings.watch.probe_store))
-    if not settings.watch.phases or not set(settings.watch.phases) <= set(PHASES):
-        problems.append(ConfigError("watch.phases", f"must hold {' or '.join(PHASES)}", settings.watch.phases))
+    problems += _watch_problems(settings.watch, train)
     if settings.parallel.auto:
         problems.append(ConfigError("parallel.auto", "must be false for training, whose layout you choose", True))
     try:
@@ -314,6 +314,30 @@ def check_finetuning(settings: FinetuneSettings) -> None:
     except UserError as problem:
         problems.append(problem)
     raise_all(problems)
+
+
+def _watch_problems(watch: WatchSettings, train: TrainSettings) -> list[UserError]:
+    problems: list[UserError] = []
+    one, other = (path and os.path.realpath(os.path.expanduser(path)) for path in (watch.store, watch.probe_store))
+    if one is not None and one == other:
+        problems.append(
+            ConfigError("watch.probe_store", "must be another folder than `watch.store`", watch.probe_store)
+        )
+    for name in ("probe_data", "probe_documents"):
+        if (given := getattr(watch, name)) is not None and watch.probe_store is None:
+            rule = "must be null where `watch.probe_store` names no folder for their states"
+            problems.append(ConfigError(f"watch.{name}", rule, given))
+    if not watch.phases or not set(watch.phases) <= set(PHASES):
+        problems.append(ConfigError("watch.phases", f"must hold {' or '.join(PHASES)}", watch.phases))
+    elif "validation" in watch.phases and watch.store is not None and not train.validation_part:
+        rule = "must leave out validation where there is none (`train.validation_part` 0)"
+        problems.append(ConfigError("watch.phases", rule, watch.phases))
+    elif "validation" in watch.phases and watch.store is not None and min(watch.every, train.validation_every) >= 1:
+        between = min(train.validation_every, train.max_steps)
+        if math.lcm(watch.every, between) > train.max_steps:
+            rule = f"must divide the number of a step with validation, which is every {between}"
+            problems.append(ConfigError("watch.every", f"{rule} of {train.max_steps}", watch.every))
+    return problems
 
 
 def check(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.transformer.spec_utils import build_module
+from nemo.collections.llm.gpt.model.base import get_packed_seq_params
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from torch import Tensor
 
@@ -187,6 +188,13 @@ def left_as_made(weight: Tensor) -> Tensor:
 
 def causal_forward_step(model: Any, batch: dict[str, Any]) -> Tensor:
     """NeMo's forward step of a GPT, without an attention mask: ours and Transformer Engine's attention are causal
-    without one, where NeMo's own step asks for it (NeMo 2.7.3, ``collections/llm/gpt/model/base.py:135``)."""
-    output: Tensor = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], labels=batch["labels"])
+    without one, where NeMo's own step asks for it (NeMo 2.7.3, ``collections/llm/gpt/model/base.py:135``). Documents of
+    a pack (``cu_seqlens``) do not see each other, as in NeMo's."""
+    packs = get_packed_seq_params(batch) if "cu_seqlens" in batch else None
+    output: Tensor = model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        labels=batch["labels"],
+        packed_seq_params=packs,
+    )
     return output

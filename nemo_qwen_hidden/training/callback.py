@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
@@ -25,6 +24,7 @@ from nemo_qwen_hidden.training.batches import Lengths, Noted, Numbering
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
 from nemo_qwen_hidden.training.description import describe
 from nemo_qwen_hidden.training.gathering import StepInProgress
+from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.observer import Observer
 from nemo_qwen_hidden.training.recorder import ROW_STRIDE, Recorder, StepStates
 from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION, Samples, Schedule
@@ -63,7 +63,7 @@ class _Fit:
         )
 
 
-class HiddenStatesCallback(Callback, IOMixin):
+class HiddenStatesCallback(Callback, KeptArguments):
     """Captures hidden states of a run of NeMo's ``Trainer`` with ``MegatronStrategy``, each exactly once.
 
     Args:
@@ -103,6 +103,10 @@ class HiddenStatesCallback(Callback, IOMixin):
             raise ConfigError("dtype", f"must be one of {', '.join(known)}, or None", dtype)
         if nonfinite not in NONFINITE:
             raise ConfigError("nonfinite", f"must be one of {', '.join(NONFINITE)}", nonfinite)
+        if not callable(to) and not (isinstance(to, str | Path) and str(to)):
+            raise ConfigError("to", "must be a folder, or a function", to)
+        if not (lengths is None or callable(lengths)):
+            raise ConfigError("lengths", "must be a function of a batch, or None", lengths)
         self._schedule = Schedule(every=every, steps=steps, first=first, last=last, phases=phases, samples=samples)
         self._hook_points, self._to, self._lengths = hook_points, to, lengths
         self._dtype, self._nonfinite = dtype, nonfinite

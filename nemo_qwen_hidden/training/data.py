@@ -96,10 +96,12 @@ class BlockData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Of the samples that were not consumed yet."""
+        """Of the samples that were not consumed yet. A run that has come to its end asks too, and takes none; NeMo's
+        samplers refuse to be without (NeMo 2.7.3, ``lightning/data.py:341``)."""
         assert self.trainer is not None and self._train is not None
         self._first_step = self.data_sampler.init_global_step = self.trainer.global_step
-        return self._loader("train", Blocks(self._train, count=self._samples, seed=self._seed))
+        count = max(self._samples, self.data_sampler.init_consumed_samples + self.global_batch_size)
+        return self._loader("train", Blocks(self._train, count=count, seed=self._seed))
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """The same samples each time."""

@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from nemo_qwen_hidden.checkpoint.nemo_context import is_nemo, read_context
 from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import FinetuneSettings, check_finetuning
 from nemo_qwen_hidden.data.sources import check_path
-from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
-from nemo_qwen_hidden.hookpoint import HookPoint, expand
+from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
 from nemo_qwen_hidden.store.write.place import exists
@@ -25,6 +27,8 @@ UNFINISHED = "-unfinished"
 """Ends the name of the mark (``ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX`` of NeMo 2.7.3)."""
 DATA, DATA_RECORD = "data", "data.json"
 """Blocks of tokens in the run's folder, and the file beside them that says of what."""
+NEMO_LOGS = ("nemo_log_*.txt", "nemo_error_log.txt", "lightning_logs.txt", "cmd-args.log", "run_[0-9]*")
+"""What NeMo 2.7.3 writes into the folder of a run that has not begun, and moves at the next start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,10 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         problems.append(ConfigError("model.adapter", rule, settings.model.adapter))
     raise_all(problems)
     stages = stages_of(shape.num_layers, pp=topology.pp, vp=topology.vp, split=split_of(settings.parallel))
+    layers = settings.train.recompute_layers
+    if settings.train.recompute == "uniform" and any(len(stage) % layers for stage in stages):
+        rule = f"must divide the layers of every stage ({', '.join(str(len(stage)) for stage in stages)})"
+        raise ConfigError("train.recompute_layers", rule, layers)
     open_weights(folder, architecture)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     watches = settings.watch.store is not None or settings.watch.probe_store is not None
@@ -133,9 +141,19 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         run_path=run_path,
     )
     check_path(data_path, **job.fields)
+    if any(point.site == ATTN_WEIGHTS for point in job.points):
+        rule = f"must leave out {ATTN_WEIGHTS} in training: they grow with the square of the tokens"
+        raise ConfigError("capture.hook_points", rule, list(settings.capture.hook_points))
+    if settings.watch.probe_data is not None:
+        try:
+            check_path(os.path.expanduser(settings.watch.probe_data), **job.fields)
+        except DataError as error:
+            raise DataError(error.setting.replace("data.path", "watch.probe_data"), error.rule, error.value) from error
     if not job.begun:
         for name in ("store", "probe_store"):
             path = getattr(settings.watch, name)
+            if path is not None and Path(path).expanduser().is_file():
+                raise ConfigError(f"watch.{name}", "must be a folder, or nothing yet", path)
             if path is not None and exists(Path(path).expanduser()):
                 rule = "must be a new folder where the run begins; a run that has a checkpoint goes on with its own"
                 raise ConfigError(f"watch.{name}", rule, path)
@@ -148,7 +166,8 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
         return
     ours = {DATA, "tokenizer", "tensorboard"}
     ours |= {Path(path).name for path in (settings.watch.store, settings.watch.probe_store) if path is not None}
-    foreign = sorted(path.name for path in run_path.iterdir() if path.name not in ours)
+    names = {path.name for path in run_path.iterdir()} - ours
+    foreign = sorted(name for name in names if not any(map(partial(fnmatch, name), NEMO_LOGS)))
     if foreign:
         rule = f"must be a new folder, an empty one or that of a run; this one holds `{foreign[0]}`"
         raise ConfigError("run.path", rule, str(run_path))

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from nemo.lightning.io.mixin import IOMixin
 
 from nemo_qwen_hidden import demo
 from nemo_qwen_hidden.capture.pipeline import Pipeline
 from nemo_qwen_hidden.capture.staging import staged
 from nemo_qwen_hidden.capture.taps import Capture, LocalSlice
-from nemo_qwen_hidden.config import TokenSettings
+from nemo_qwen_hidden.config import NONFINITE, TokenSettings
 from nemo_qwen_hidden.data.sources import check_path
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.drift.labels import Labels, from_field, repeated_tokens
@@ -30,6 +29,7 @@ from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
 from nemo_qwen_hidden.training.description import decoder_shape, describe
+from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.probe_documents import ProbeDocuments, check_tokens, read_samples
 from nemo_qwen_hidden.training.recorder import Recorder, Sample, StepStates
 from nemo_qwen_hidden.training.schedule import TRAIN, Schedule
@@ -50,7 +50,7 @@ class _Fit:
     reference: int | None = None
 
 
-class ProbeSetCallback(Callback, IOMixin):
+class ProbeSetCallback(Callback, KeptArguments):
     """Runs the same documents through the model as it is before the first step and after every ``every`` steps, in
     evaluation mode and without gradients, and keeps their states, so that they can be compared from step to step.
 
@@ -111,6 +111,8 @@ class ProbeSetCallback(Callback, IOMixin):
                 raise ConfigError(name, "must be at least 1", size)
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, or None", dtype)
+        if nonfinite not in NONFINITE:
+            raise ConfigError("nonfinite", f"must be one of {', '.join(NONFINITE)}", nonfinite)
         self._tokens = tokens or TokenSettings()
         check_tokens(self._tokens)
         self._schedule = Schedule(every=every, steps=steps, first=first, last=last)

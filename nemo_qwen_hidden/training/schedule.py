@@ -60,7 +60,7 @@ class Schedule:
         if self.every is not None and not (_whole(self.every) and self.every > 0):
             problems.append(ConfigError("every", "must be a whole number of steps, at least 1, or None", self.every))
         if not _counts(self.steps):
-            problems.append(ConfigError("steps", "must be whole numbers from 0", self.steps))
+            problems.append(ConfigError("steps", "must be a list of whole numbers from 0", self.steps))
         if not _counts([self.first]):
             problems.append(ConfigError("first", "must be a whole number from 0", self.first))
         elif self.last is not None and not (_whole(self.last) and self.last >= self.first):
@@ -69,7 +69,7 @@ class Schedule:
         if isinstance(self.phases, str) or not self.phases or not set(self.phases) <= set(PHASES):
             problems.append(ConfigError("phases", f"must be some of {', '.join(PHASES)}", self.phases))
         if not (self.samples is None or callable(self.samples) or (_counts(self.samples) and len(self.samples))):
-            rule = "must be whole numbers from 0, at least one, or a function of one, or None for all"
+            rule = "must be a list of whole numbers from 0, at least one, or a function of one, or None for all"
             problems.append(ConfigError("samples", rule, self.samples))
         return problems
 

@@ -20,7 +20,6 @@ from tests.support.capturing import (
     expected_states,
     length_of,
     packed,
-    packed_forward_step,
     ragged,
     shifted_data_step,
     transformers_model,
@@ -162,7 +161,7 @@ def test_padding_is_left_out_and_packed_documents_do_not_see_each_other(folder: 
             collate=ragged,
         ),
         Capturing(
-            job=Job(steps=1, topology=Topology(pp=2), model={"forward_step_fn": packed_forward_step}),
+            job=Job(steps=1, topology=Topology(pp=2)),
             settings=settings,
             weights=True,
             collate=packed,

@@ -139,6 +139,8 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Star
     job = job_at(tmp_path / "run")
     short = replace(job.settings, train=replace(TRAIN, max_steps=1, validation_part=0.0))
     start_ranks(1, fit_started, replace(job, settings=short))
+    start_ranks(1, fit_started, replace(job, settings=short))  # which has come to its end
+    assert [path.name for path in job.checkpoints] == ["step=0-last"]
     with pytest.raises(DataError, match=r"must be what the run at .* was begun with"):
         start_ranks(1, fit_started, job)
     longer = replace(job.settings, train=replace(short.train, max_steps=4, lr=2e-3))
@@ -150,6 +152,14 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"`run\.path` must be a new folder.*this one holds `notes\.txt`"):
         job_at(tmp_path)
+
+
+def test_a_start_that_failed_leaves_a_folder_to_start_in(tmp_path: Path) -> None:
+    for name in ("nemo_log_globalrank-0_localrank-0.txt", "nemo_error_log.txt", "cmd-args.log", "lightning_logs.txt"):
+        (tmp_path / name).touch()
+    for name in ("run_0", "tokenizer"):
+        (tmp_path / name).mkdir()
+    assert not job_at(tmp_path).begun
 
 
 def test_a_checkpoint_that_a_crash_cut_off_is_none(tmp_path: Path) -> None:
@@ -184,10 +194,32 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
         (TrainSettings(seq_length=513), r"train\.seq_length"),
         (TrainSettings(global_batch_size=3, micro_batch_size=2), r"train\.global_batch_size"),
         (TrainSettings(recompute_layers=2), r"train\.recompute_layers"),
+        (TrainSettings(recompute="uniform", recompute_layers=4), r"train\.recompute_layers"),
+        (TrainSettings(warmup_steps=100), r"train\.warmup_steps"),
     ):
         with pytest.raises((ConfigError, ConfigErrors), match=f"`{setting}`"):
             prepare(replace(settings, train=train), world=None)
     virtual = replace(settings, parallel=ParallelSettings(pp=2, vp=2), train=TrainSettings(global_batch_size=3))
     with pytest.raises(ConfigError, match="virtual stages take turns"):
         prepare(virtual, world=None)
+    store, both = str(tmp_path / "store"), ("train", "validation")
+    (file := tmp_path / "file").touch()
+    for watch, setting in (
+        (WatchSettings(store=store, probe_store=f"{store}/../store"), r"watch\.probe_store"),
+        (WatchSettings(probe_data="probes.jsonl"), r"watch\.probe_data"),
+        (WatchSettings(probe_documents=3), r"watch\.probe_documents"),
+        (WatchSettings(probe_store=store, probe_data=str(tmp_path / "none.jsonl")), r"watch\.probe_data"),
+        (WatchSettings(store=store, phases=both, every=30), r"watch\.every"),  # validations at 50 and 100
+        (WatchSettings(store=str(file)), r"watch\.store"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=f"`{setting}`"):
+            prepare(replace(settings, watch=watch), world=None)
+    unvalidated = replace(
+        settings, train=TrainSettings(validation_part=0), watch=WatchSettings(store=store, phases=both)
+    )
+    with pytest.raises(ConfigError, match=r"`watch\.phases` must leave out validation"):
+        prepare(unvalidated, world=None)
+    attention = CaptureSettings(hook_points=("attn_weights@0",))
+    with pytest.raises(ConfigError, match=r"`capture\.hook_points` must leave out attn_weights"):
+        prepare(replace(settings, capture=attention, watch=WatchSettings(store=store)), world=None)
     assert not (tmp_path / "run").exists()

@@ -40,6 +40,7 @@ def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.utils import local_multi_tensor_l2_norm
+    from nemo.collections.llm.gpt.data.utils import _get_samples_mapping
     from nemo.collections.llm.gpt.model.base import gpt_data_step
     from nemo.lightning.io import pl
 
@@ -56,6 +57,13 @@ def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
         with process_groups(Topology()):
             gpt_data_step(iter([{"tokens": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)}]))
 
+    def samples_mapping() -> None:
+        from nemo_qwen_hidden.parallel.groups import process_groups
+        from nemo_qwen_hidden.topology import Topology
+
+        with process_groups(Topology()):
+            _get_samples_mapping(None, "", None, 3, 8, 0.0, 0, "", False, samples_mapping=[0, 1, 2])
+
     def side_stream() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             pass
@@ -70,6 +78,7 @@ def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
         "norm": lambda: local_multi_tensor_l2_norm(1, None, [[torch.ones(2)]], False),
         "pinned memory": lambda: torch.tensor(1, pin_memory=True),
         "data step": data_step,
+        "samples of fine-tuning data": samples_mapping,
         "synchronize": lambda: torch.cuda.synchronize(),
         "checkpoint queue": queue,
         "recompute": lambda: random._set_cuda_rng_state(random._get_cuda_rng_state()),

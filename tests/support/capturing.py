@@ -123,15 +123,6 @@ def packed(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     return batch
 
 
-def packed_forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """NeMo's, but for the mask, which attention does without."""
-    from nemo.collections.llm.gpt.model.base import get_packed_seq_params
-
-    inputs = {"input_ids": batch["tokens"], "position_ids": batch["position_ids"], "labels": batch["labels"]}
-    output: torch.Tensor = model(**inputs, packed_seq_params=get_packed_seq_params(batch))
-    return output
-
-
 def shifted_data_step(batches: Any) -> dict[str, Any]:
     """NeMo's, but that tokens are not where the data loader had them."""
     from nemo.collections.llm.gpt.model.base import gpt_data_step

@@ -34,6 +34,9 @@ def in_nemos_hands(rank: Rank) -> list[dict[str, Any]]:
     again = io.reinit(from_recipe)
     from_checkpoint = fdl.build(serialization.load_json(serialization.dump_json(again.__io__)))
     assert all(type(each) is kind for each in (from_recipe, again, from_checkpoint))
+    not_plain = kind(hook_points=("embed",), to=Path("states"), steps=range(0, 30, 10), samples=range(2)).__io__
+    kept = fdl.ordered_arguments(serialization.load_json(serialization.dump_json(not_plain)))
+    assert kept == {"hook_points": ("embed",), "to": "states", "steps": [0, 10, 20], "samples": [0, 1]}
     return [dict(fdl.ordered_arguments(each.__io__)) for each in (from_recipe, again, from_checkpoint)]
 
 
@@ -45,6 +48,8 @@ def test_one_line_in_a_recipe_and_nemos_io(start_ranks: Start) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dtype": ({"dtype": "fp64"}, {}, "`dtype` must be one of fp32, bf16, fp16, int8, or None, but is 'fp64' instead."),
     "function": ({"dtype": "int8", "to": print}, {}, "`dtype` must be one of fp32, bf16, fp16, or None"),
+    "folder": ({"to": None}, {}, "`to` must be a folder, or a function, but is None instead."),
+    "lengths": ({"lengths": [3]}, {}, "`lengths` must be a function of a batch, or None, but is [3] instead."),
     "schedule": ({"every": 0}, {}, "`every` must be a whole number of steps"),
     "layer": ({"hook_points": "resid_post@9"}, {}, "must name a layer from 0 to 2"),
     "attention": ({"hook_points": "attn_weights@0"}, {}, "must leave out attn_weights in training"),
