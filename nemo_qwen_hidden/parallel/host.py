@@ -55,7 +55,9 @@ def training_on_host() -> Iterator[None]:
       ``dist_checkpointing/strategies/filesystem_async.py:54,266``);
     - recomputation keeps no state of a CUDA generator (M ``tensor_parallel/random.py:55,86``); of the CPU's it does;
     - gradients are clipped as if they were on a GPU (M ``optimizer/clip_grads.py:167`` asserts it);
-    - loaded tensors stay where they are (N ``lightning/io/pl.py:495`` asserts that CUDA is initialised).
+    - loaded tensors stay where they are (N ``lightning/io/pl.py:495`` asserts that CUDA is initialised);
+    - a linear layer that gets a LoRA is none of Transformer Engine's, which NeMo asks of it also where that is not
+      installed (N ``collections/llm/peft/lora.py:703``, ``utils.py:77``).
     """
     with megatron_on_host(), _replaced(_training_stand_ins):
         yield
@@ -100,6 +102,8 @@ def _training_stand_ins() -> list[Replacement]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as peft
     from nemo.lightning.io import pl
 
     return [
@@ -112,6 +116,8 @@ def _training_stand_ins() -> list[Replacement]:
         (random, "_set_cuda_rng_state", _nothing),
         (optimizer, "clip_grad_by_total_norm_fp32", _with_cuda_names(optimizer.clip_grad_by_total_norm_fp32)),
         (pl, "_fix_tensors_device", lambda tensors: tensors),
+        (lora, "te", SimpleNamespace(Linear=type("Linear", (), {}))),
+        (peft, "HAVE_TE", False),
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections.llm.gpt.model.base import gpt_data_step
 from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
+from nemo.lightning.pytorch.callbacks import PEFT
 from torch import Tensor
 
 from nemo_qwen_hidden.errors import ConfigError
@@ -37,7 +38,8 @@ class StateLossCallback(pl.Callback):
     every step by its name, in validation as ``val_`` and its name.
 
     Raises (when the run starts):
-        ConfigError: the configuration has no such losses, or its ``data_step_fn`` is not ``whole_batch_step``.
+        ConfigError: the configuration has no such losses, or its ``data_step_fn`` is not ``whole_batch_step``; in the
+            first step, a PEFT of NeMo's has frozen the heads (``training.lora.LoRA`` does not).
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,8 @@ class StateLossCallback(pl.Callback):
         """Called by NeMo before each schedule."""
         if self._attached is not None:
             assert step.num_microbatches is not None
+            if not step.forward_only:
+                _require_trained_heads(step.pipeline.trainer)
             self._attached.begin_step(num_microbatches=step.num_microbatches, forward_only=step.forward_only)
 
     def on_megatron_microbatch_start(self, step: MegatronStep[Any, Any], batch: Mapping[str, Any], **_: Any) -> None:
@@ -88,6 +92,19 @@ class StateLossCallback(pl.Callback):
         if not self._losses:
             raise ConfigError("state_losses", "must be set in the model's configuration", self._losses)
         self._attached = AttachedLosses(chunks, self._losses, live_groups(trainer))
+
+
+def _require_trained_heads(trainer: pl.Trainer) -> None:
+    """NeMo's PEFT freezes whatever is no adapter, after this callback has attached the losses."""
+    peft = next((each for each in trainer.callbacks if isinstance(each, PEFT)), None)
+    if peft is None:
+        return
+    for chunk in live_chunks(trainer):
+        heads = getattr(chunk, "state_heads", None)
+        if heads is not None and not all(parameter.requires_grad for parameter in heads.parameters()):
+            rule = "must leave the heads of losses to be trained, as `training.lora.LoRA` does"
+            kind = type(peft)
+            raise ConfigError("peft", rule, f"{kind.__module__}.{kind.__qualname__}")
 
 
 class StateLossModel(Qwen2HiddenModel):

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.store.helpers import make_store
+from tests.support.capturing import transformers_model
 from tests.support.models import Tiny, save_tiny
 
 LAYERS, HIDDEN, VOCAB, TEACHER_WIDTH = 8, 64, 384, 24
@@ -109,11 +111,21 @@ class Truth:
     accuracy: float
 
 
-def by_transformers(folder: Path, *, per_token: bool = False, language_model: float = 1.0) -> Truth:
-    """In float64, all in one graph."""
+def by_transformers(
+    folder: Path,
+    *,
+    per_token: bool = False,
+    language_model: float = 1.0,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> Truth:
+    """In float64, all in one graph. weights: by Megatron's names, instead of those of the folder."""
     from transformers import Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    if weights is None:
+        how: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+        model: Any = Qwen2ForCausalLM.from_pretrained(folder / "model", **how).eval()
+    else:
+        model = transformers_model(folder / "model", dict(weights), torch.float64)
     heads = {name: w.double().requires_grad_() for name, w in load_file(folder / "heads.safetensors").items()}
     states: dict[str, Tensor] = {}
     layers = model.model.layers
