@@ -1,18 +1,13 @@
 """NeMo's LoRA, with what NeMo 2.7.3 leaves out; it is given to ``llm.finetune(..., peft=LoRA(...))`` as NeMo's is."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from megatron.core.dist_checkpointing import load_tensors_metadata
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections.llm import peft
-from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 from torch import Tensor, nn
 
@@ -27,9 +22,8 @@ class LoRA(peft.LoRA):
       embeddings are frozen, and then nothing that PyTorch recomputes after it gets one
       (``tensor_parallel/random.py: CheckpointFunction`` of megatron-core 0.16.1): NeMo's own leaves the adapters of the
       first stage as they were, and says nothing.
-    - A run goes on. Its weights may have come from the model's configuration (``weights``) and not from a NeMo
-      checkpoint, which NeMo would read them from again; and NeMo looks for the adapter by the names that it had before
-      Megatron's data-parallel module was put around the model, and not by those that it was saved under.
+    - A run goes on whose weights came from the model's configuration (``weights``) and not from a NeMo checkpoint, which
+      NeMo would read them from again.
 
     Raises:
         ConfigError: virtual pipeline stages, of which NeMo 2.7.3 saves no adapter
@@ -68,35 +62,30 @@ class LoRA(peft.LoRA):
 
     def get_wrappped_io(self) -> Callable[..., WrappedAdapterIO]:
         """As NeMo's (the name is NeMo's too)."""
+        if self._weights is None:
+            made: Callable[..., WrappedAdapterIO] = super().get_wrappped_io()
+            return made
         return partial(_AdapterIO, peft=self, weights=self._weights)
 
 
 class _AdapterIO(WrappedAdapterIO):
-    """weights: the folder that the model is built with; None: they come from a NeMo checkpoint."""
+    """Of a model that is built with its weights: of a checkpoint only the adapter is read."""
 
-    def __init__(self, checkpoint_io: Any = None, *, peft: LoRA, weights: str | None) -> None:
+    def __init__(self, checkpoint_io: Any = None, *, peft: LoRA, weights: str) -> None:
         super().__init__(checkpoint_io, peft)
-        self._weights = weights
-        if weights is not None:
-            self.model_ckpt_path = Path(weights)
+        self.model_ckpt_path = Path(weights)
 
     def load_checkpoint(
         self, path: Any, sharded_state_dict: Any = None, map_location: Any = None, strict: Any = None
     ) -> dict[str, Any]:
-        """NeMo calls it for the weights of the model, of a run that goes on with a path that knows theirs; and then for
-        the adapter's."""
-        base = getattr(path, "base_model_path", None)
-        if base is not None and self._weights is not None:
-            self.adapter_ckpt_path = Path(str(path))
-            of_run = self.checkpoint_io.load_checkpoint(path, sharded_state_dict={})
-            as_built = sharded_state_dict["state_dict"]
-            return {**of_run, "state_dict": {name: entry.data for name, entry in as_built.items()}}
-        if base is None and (Path(path) / ADAPTER_META_FILENAME).exists():
-            stored = load_tensors_metadata(os.fspath(path))
-            if not any(entry.key in stored for entry in nested_values(sharded_state_dict["state_dict"])):
-                add_prefix_for_sharding(sharded_state_dict["state_dict"], "module.")
-        loaded: dict[str, Any] = super().load_checkpoint(path, sharded_state_dict, map_location, strict)
-        return loaded
+        """NeMo calls it for the weights of the model, with a path that knows theirs, and later for the adapter's."""
+        if getattr(path, "base_model_path", None) is None:
+            loaded: dict[str, Any] = super().load_checkpoint(path, sharded_state_dict, map_location, strict)
+            return loaded
+        self.adapter_ckpt_path = Path(str(path))
+        of_run = self.checkpoint_io.load_checkpoint(path, sharded_state_dict={})
+        as_built = sharded_state_dict["state_dict"]
+        return {**of_run, "state_dict": {name: entry.data for name, entry in as_built.items()}}
 
 
 def _chunks(model: nn.Module) -> Iterator[MCoreGPTModel]:

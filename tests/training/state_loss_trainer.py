@@ -66,7 +66,6 @@ def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
 def _train(rank: Rank, folder: Path, run: Run) -> Trained:
     from nemo.lightning.resume import AdapterPath
 
-    from nemo_qwen_hidden.parallel.host import training_on_host
     from nemo_qwen_hidden.training.columns import ColumnData
     from nemo_qwen_hidden.training.state_loss_callback import (
         StateLossCallback,
@@ -91,9 +90,6 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
             assert lora.dim == DIM
             resume = resume and AdapterPath(run.resume / "weights", base_model_path=folder)  # as NeMo's AutoResume does
         trainer.fit(model, data, ckpt_path=resume)
-        if run.save is not None:
-            with training_on_host():  # fit() has torn the strategy down
-                trainer.save_checkpoint(run.save)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         pieces = pieces_of(trainer)
     values = {name: logged[name] for name in (loss.name for loss in losses(folder))}
@@ -152,5 +148,9 @@ def _watcher(run: Run, folder: Path) -> Any:
                 truth = folder / run.truth
                 expected = chunks_of(Case(topology=run.topology), folder, truth, truth / "heads.safetensors")
                 self.errors = errors_of(live_chunks(step.pipeline.trainer), expected)
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if run.save is not None:
+                trainer.save_checkpoint(run.save)
 
     return Watcher()
