@@ -202,8 +202,9 @@ class TrainSettings:
     validation_batches: global batches of one validation; None for all. keep_checkpoints: of those before the last.
     recompute: what is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of
     attention; ``uniform``, all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of
-    each stage. lora_dim: train a LoRA of this rank on the linears of every layer instead of the weights, with NeMo's
-    defaults for the rest; None: all weights. seed: of the order of the data. log_every: steps between lines of progress.
+    each stage. lora_dim: rank of a LoRA that is trained on the linears of every layer instead of the weights, with
+    NeMo's defaults for the rest; None: all weights are. seed: of the order of the data. log_every: steps between lines
+    of progress.
     """
 
     max_steps: int = 100

@@ -220,13 +220,11 @@ class HiddenStatesCallback(Callback, IOMixin):
         )
         return self._fit
 
-    def _recorder(
-        self, folder: Path, trainer: Trainer, points: Sequence[HookPoint], groups: ProcessGroups
-    ) -> Recorder:
+    def _recorder(self, folder: Path, trainer: Trainer, points: Sequence[HookPoint], groups: ProcessGroups) -> Recorder:
         """A run that begins drops nothing of a store that is there, which is then refused."""
         config = live_chunks(trainer)[0].config
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
-        dtypes = {"compute": compute, "stored": self._dtype or compute}
+        dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
         what = describe(config, points, groups, work="training", adapter=adapter_of(trainer), **dtypes)
         return Recorder(folder, what, groups, resume_at=trainer.global_step or None, nonfinite=self._nonfinite)
 

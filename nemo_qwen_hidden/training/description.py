@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from megatron.core.transformer import TransformerConfig
-from nemo.lightning.pytorch.callbacks import PEFT
 
 from nemo_qwen_hidden.hookpoint import HookPoint, by_depth
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
@@ -15,6 +14,7 @@ from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.provenance import record_of
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.training.chunks import live_peft
 
 
 def describe(
@@ -53,7 +53,11 @@ def describe(
         stored_dtype=stored,
         hook_points=tuple(entries),
         parts=(),
-        model={**(model or {}), "architecture": architecture, **({} if adapter is None else {"adapter": dict(adapter)})},
+        model={
+            **(model or {}),
+            "architecture": architecture,
+            **({} if adapter is None else {"adapter": dict(adapter)}),
+        },
         tokenizer=dict(tokenizer or {}),
         producers=(record_of(work, points, groups.topology, time.time()),),
     )
@@ -62,7 +66,7 @@ def describe(
 def adapter_of(trainer: Trainer) -> dict[str, Any] | None:
     """The adapter that is trained instead of the weights, as a manifest says it: its kind, sizes and places; None where
     there is none. It has no fingerprint, being another one in each step."""
-    peft = next((each for each in trainer.callbacks if isinstance(each, PEFT)), None)
+    peft = live_peft(trainer)
     if peft is None:
         return None
     said = {name: getattr(peft, name) for name in ("dim", "alpha") if hasattr(peft, name)}

@@ -22,8 +22,8 @@ class LoRA(peft.LoRA):
       embeddings are frozen, and then nothing that PyTorch recomputes after it gets one
       (``tensor_parallel/random.py: CheckpointFunction`` of megatron-core 0.16.1): NeMo's own leaves the adapters of the
       first stage as they were, and says nothing.
-    - A run goes on whose weights came from the model's configuration (``weights``) and not from a NeMo checkpoint, which
-      NeMo would read them from again.
+    - A run goes on whose weights came from the model's configuration (``weights``). NeMo would read them again from the
+      NeMo checkpoint that they came from.
 
     Raises:
         ConfigError: virtual pipeline stages, of which NeMo 2.7.3 saves no adapter

@@ -171,7 +171,7 @@ class ProbeSetCallback(Callback, IOMixin):
         vocab_size = decoder_shape(config).vocab_size
         samples = on_rank_0(lambda: self._read(pl_module, vocab_size), groups, status_of=status_of)
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
-        dtypes = {"compute": compute, "stored": self._dtype or compute}
+        dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
         what = describe(config, points, groups, work="probe set", adapter=adapter_of(trainer), **dtypes)
         step = trainer.global_step
         recorder = Recorder(self._to, what, groups, resume_at=step or None, nonfinite=self._nonfinite)

@@ -12,13 +12,12 @@ import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections.llm.gpt.model.base import gpt_data_step
 from nemo.lightning.megatron_parallel import MegatronLossReduction, MegatronStep
-from nemo.lightning.pytorch.callbacks import PEFT
 from torch import Tensor
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
 from nemo_qwen_hidden.training.attach import AttachedLosses
-from nemo_qwen_hidden.training.chunks import live_chunks, live_groups
+from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_peft
 from nemo_qwen_hidden.training.losses import StateLoss
 
 WHOLE = "whole_batch"
@@ -96,7 +95,7 @@ class StateLossCallback(pl.Callback):
 
 def _require_trained_heads(trainer: pl.Trainer) -> None:
     """NeMo's PEFT freezes whatever is no adapter, after this callback has attached the losses."""
-    peft = next((each for each in trainer.callbacks if isinstance(each, PEFT)), None)
+    peft = live_peft(trainer)
     if peft is None:
         return
     for chunk in live_chunks(trainer):

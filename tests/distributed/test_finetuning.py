@@ -143,21 +143,20 @@ def test_a_lora_goes_on_after_a_kill_and_its_checkpoint_opens(tmp_path: Path, st
     for name in ("whole", "killed", "moved"):
         probes = open_store(tmp_path / name / "probe")
         assert [step.step for step in probes.steps] == [0, 2, 4, 6]
-        at_end = probes.at(step=6)
-        document = at_end.document(0)
-        ids = document.token_id[None]
-        ((_, values),) = start_ranks(1, states_of, lora(name).checkpoints[-1], ids, "resid_post@3")[0].items()
-        assert relative_error(torch.from_numpy(values[0]), document["resid_post@3"][:].float()) < 5e-6
-        begun = probes.at(step=0).document(0)["resid_post@3"][:].float()
-        assert relative_error(torch.from_numpy(values[0]), begun) > 1e-3
+        begun, ended = (probes.at(step=step).document(0) for step in (0, 6))
+        ids = torch.from_numpy(ended.token_id[: TRAIN.seq_length].astype(np.int64))[None]
+        found = torch.from_numpy(start_ranks(1, states_of, lora(name).checkpoints[-1], ids)[0])
+        assert relative_error(found, ended["resid_post@3"][: TRAIN.seq_length].float()) < 5e-6
+        assert relative_error(found, begun["resid_post@3"][: TRAIN.seq_length].float()) > 1e-3
 
 
-def states_of(rank: Rank, adapter: Path, ids: Any, point: str) -> Any:
-    """By an extraction of the demo model with the adapter merged in."""
+def states_of(rank: Rank, adapter: Path, ids: torch.Tensor) -> Any:
+    """Of the demo model with the adapter merged in."""
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
 
     model = Qwen2HiddenModel.from_pretrained(adapter=adapter)
-    return {name: states.numpy() for name, states in model.hidden_states(ids, hook_points=[point]).items()}
+    (states,) = model.hidden_states(ids, hook_points=["resid_post@3"]).values()
+    return states[0].numpy()
 
 
 def test_a_run_begins_from_the_checkpoint_of_another(tmp_path: Path, start_ranks: Start) -> None:

@@ -1,6 +1,7 @@
 """Hidden states while a LoRA of NeMo's trains: they change nothing, come once, and are those of the weights with the
 adapter added."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_qwen_hidden.checkpoint.distributed import DistributedFiles
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
@@ -70,8 +72,9 @@ def test_states_are_those_of_the_weights_with_the_adapter(folder: Path, tmp_path
     ranks = start_ranks(2, tune, folder, runs)
     for number, run in enumerate(runs):
         mine = [rank[number] for rank in ranks]
-        check_training(folder, run.job, mine)
-        check_probes(folder, open_store(tmp_path / str(number) / "probe"), mine)
+        models = [model_at(folder, mine, step) for step in range(run.job.steps)]
+        check_training(models, run.job, mine)
+        check_probes(models, open_store(tmp_path / str(number) / "probe"))
         if run.store is not None:
             store = open_store(run.store)
             assert [step.step for step in store.steps] == [0, 1]
@@ -82,7 +85,7 @@ def test_states_are_those_of_the_weights_with_the_adapter(folder: Path, tmp_path
             assert said.keys() == {"architecture"} and "sha256" not in adapter
 
 
-def check_training(folder: Path, job: Job, ranks: list[Captured]) -> None:
+def check_training(models: list[Any], job: Job, ranks: list[Captured]) -> None:
     states = [each for rank in ranks for each in rank.states]
     found = dict(states)
     assert len(found) == len(states), "a state came twice"
@@ -94,7 +97,7 @@ def check_training(folder: Path, job: Job, ranks: list[Captured]) -> None:
     for step in range(job.steps):
         first = step * job.global_batch_size
         tokens = blocks[first : first + job.global_batch_size].tolist()
-        for point, expected in expected_states(model_at(folder, ranks, step), tokens, POINTS).items():
+        for point, expected in expected_states(models[step], tokens, POINTS).items():
             for place in range(job.global_batch_size):
                 for position in range(SEQ_LENGTH):
                     state = State("train", step, place // job.micro_batch_size, first + place, point, position)
@@ -103,16 +106,41 @@ def check_training(folder: Path, job: Job, ranks: list[Captured]) -> None:
     assert count == len(found)
 
 
-def check_probes(folder: Path, store: Store, ranks: list[Captured]) -> None:
+def check_probes(models: list[Any], store: Store) -> None:
     """Of the step before each training step; those of the first have the adapter too."""
     assert [step.step for step in store.steps] == [0, 1, 2]
-    for step in (0, 1):
-        view, model = store.at(step=step), model_at(folder, ranks, step)
+    for step, model in enumerate(models):
+        view = store.at(step=step)
         for number in range(view.documents):
             document = view.document(number)
             for point, (states,) in expected_states(model, [document.token_id.tolist()], POINTS).items():
-                for position, state in enumerate(states):
-                    assert same(document[point][position].numpy(), state), (step, number, point, position)
+                found = document[point][:].numpy()
+                assert len(found) == len(states) and all(map(same, found, states)), (step, number, point)
+
+
+def test_what_nemos_own_leaves_out(folder: Path, tmp_path: Path, start_ranks: Start) -> None:
+    """A failure here means that ``training.lora.LoRA`` can do with less."""
+    pipeline = Job(steps=2, lr=1e-2, micro_batch_size=2, topology=Topology(pp=2), model=FULL)
+    virtual = Job(steps=1, topology=Topology(pp=2, vp=2))
+    runs = [
+        Tuning(job=job, logs=tmp_path / f"{name}-logs", saved=tmp_path / name)
+        for name, job in (("pipeline", pipeline), ("virtual", virtual))
+    ]
+    ranks = start_ranks(2, tune, folder, runs)
+    begin, end = (weights_at([rank[0] for rank in ranks], step) for step in (0, 1))
+    for name, values in begin.items():
+        if ".adapter." in name:  # by layer; what the first stage's change by is weight decay
+            changed = np.abs(end[name] - values).reshape(LAYERS, -1).max(axis=1)
+            assert (changed[:2] < 1e-3).all() and (changed[2:] > 1e-3).all(), name
+    kept, dropped = (
+        [name for name in DistributedFiles.of(run.saved / "weights", "here").tensors if ".adapter." in name]
+        for run in runs
+        if run.saved is not None
+    )
+    assert any(name.startswith("module.") for name in kept)
+    assert dropped and all(name.startswith("optimizer.") for name in dropped)
+    said = json.loads((tmp_path / "pipeline" / "weights" / "adapter_metadata.json").read_text())
+    assert said == {"model_ckpt_path": "None"}  # where it would go on from
 
 
 def test_a_run_is_the_same_bit_by_bit(folder: Path, tmp_path: Path, start_ranks: Start) -> None:

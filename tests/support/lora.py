@@ -18,7 +18,7 @@ DIM, ALPHA = 4, 2
 class Tuning:
     """A job. logs: a folder for NeMo's logger. ours: our LoRA instead of NeMo's. lora: arguments of it. capture, probe:
     arguments of HiddenStatesCallback and ProbeSetCallback; None: without one. store: what the first writes to, too.
-    weights: keep those of every step. saved: a checkpoint that is written after step 2."""
+    weights: keep those of every step. saved: a checkpoint that is written after each step, over the last."""
 
     job: Job
     logs: Path
@@ -28,6 +28,7 @@ class Tuning:
     probe: dict[str, Any] | None = None
     store: Path | None = None
     weights: bool = True
+    saved: Path | None = None
 
 
 def tune(rank: Rank, folder: Path, runs: Sequence[Tuning]) -> list[Captured]:
@@ -51,6 +52,8 @@ def _run(rank: Rank, folder: Path, run: Tuning) -> Captured:
             watchers.append(HiddenStatesCallback(to=run.store, **run.capture))
     if run.probe is not None:
         watchers.append(ProbeSetCallback(**run.probe))
+    if run.saved is not None:
+        watchers.append(_saver(run.saved))
     kind = LoRA if run.ours else llm.peft.LoRA
     with trainer_of(rank, run.job, folder) as (trainer, model, data):
         trainer.callbacks.extend(watchers)
@@ -62,6 +65,16 @@ def _run(rank: Rank, folder: Path, run: Tuning) -> Captured:
             peft=kind(dim=DIM, alpha=ALPHA, lora_B_init_method="normal", **run.lora),
         )
     return found
+
+
+def _saver(to: Path) -> Any:
+    import lightning.pytorch as pl
+
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(to)
+
+    return Saver()
 
 
 def put_lora(trainer: Any, model: Any, *, ours: bool, **settings: Any) -> Any:

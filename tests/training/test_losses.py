@@ -192,7 +192,9 @@ def gradients_of_adapter(
 
 def test_a_lora_that_freezes_heads_is_refused(start_ranks: Start, folder: Path) -> None:
     runs = [Run(topology=Topology(), lora="nemos")]
-    with pytest.raises(ConfigError, match=r"`peft` must leave the heads of losses to be trained, as `training\.lora\.LoRA`"):
+    with pytest.raises(
+        ConfigError, match=r"`peft` must leave the heads of losses to be trained, as `training\.lora\.LoRA`"
+    ):
         start_ranks(1, state_loss_trainer.train, folder, runs)
 
 
