@@ -203,7 +203,9 @@ class TrainSettings:
     validation_batches: global batches of one validation; None for all. keep_checkpoints: of those before the last.
     recompute: what is computed again in the backward pass instead of kept: ``none``; ``selective``, the core of
     attention; ``uniform``, all layers, ``recompute_layers`` at a time; ``block``, the first ``recompute_layers`` of
-    each stage. seed: of the order of the data. log_every: steps between lines of progress.
+    each stage. lora_dim: rank of a LoRA that is trained on the linears of every layer instead of the weights, with
+    NeMo's defaults for the rest; None: all weights are. seed: of the order of the data. log_every: steps between lines
+    of progress.
     """
 
     max_steps: int = 100
@@ -222,6 +224,7 @@ class TrainSettings:
     keep_checkpoints: int = 0
     recompute: str = "none"
     recompute_layers: int = 1
+    lora_dim: int | None = None
     seed: int = 0
     log_every: int = 10
 
@@ -279,7 +282,7 @@ def check_finetuning(settings: FinetuneSettings) -> None:
         problems.append(ConfigError("train.recompute", f"must be one of {', '.join(RECOMPUTE)}", train.recompute))
     least = dict.fromkeys(("warmup_steps", "keep_checkpoints", "seed", "lr", "min_lr", "weight_decay", "clip_grad"), 0)
     least |= dict.fromkeys(("max_steps", "global_batch_size", "micro_batch_size", "seq_length", "validation_every"), 1)
-    least |= dict.fromkeys(("validation_batches", "checkpoint_every", "recompute_layers", "log_every"), 1)
+    least |= dict.fromkeys(("validation_batches", "checkpoint_every", "recompute_layers", "lora_dim", "log_every"), 1)
     for name, bound in least.items():
         value = getattr(train, name)
         if value is not None and not bound <= value < math.inf:  # nor NaN

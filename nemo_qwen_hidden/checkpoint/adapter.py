@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 SETTING = "model.adapter"
-_LORA = "nemo.collections.llm.peft.lora.LoRA"
+_LORA = ("nemo.collections.llm.peft.lora.LoRA", "nemo_qwen_hidden.training.lora.LoRA")
+_HEADS = re.compile(r"(?:module\.)+state_heads\.")
 _NAME = re.compile(
     r"(?:module\.)+decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<linear>[\w.]+)\.adapter\.linear_(?P<side>in|out)\.weight"
 )
@@ -69,7 +70,7 @@ class Adapter:
             raise CheckpointError(setting, rule, str(path))
         transform = read_context(folder, setting).get("model_transform")
         target = transform.get("_target_") if isinstance(transform, dict) else transform
-        if not isinstance(transform, dict) or target != _LORA:
+        if not isinstance(transform, dict) or target not in _LORA:
             rule = "must be NeMo's LoRA (`llm.peft.LoRA`)"
             raise UnsupportedModelError(f"{setting}: {CONTEXT}/{MODEL}: model_transform", rule, target)
         dim, alpha = (_number(transform, field, setting) for field in ("dim", "alpha"))
@@ -213,7 +214,7 @@ def _pairs(stored: DistributedFiles, shape: DecoderShape, dim: int) -> dict[tupl
 def _matrices(stored: DistributedFiles) -> Iterator[tuple[str, str, str, int | None]]:
     """(name, linear, in or out, layer where each has names of its own)."""
     for name in stored.tensors:
-        if name.startswith("optimizer."):
+        if name.startswith("optimizer.") or _HEADS.match(name):
             continue
         match = _NAME.fullmatch(name)
         if match is None or match["linear"] not in _OF_LINEAR:

@@ -238,7 +238,11 @@ def _percent(part: float) -> str:
 
 
 def _adapter(adapter: Mapping[str, Any] | None) -> str | None:
-    return None if adapter is None else f"{adapter.get('path')}, sha256 {_short(adapter.get('sha256'))}"
+    if adapter is None:
+        return None
+    if "sha256" not in adapter:  # of a run that trains it
+        return f"{adapter.get('kind')} in training, dim {adapter.get('dim')}, alpha {adapter.get('alpha')}"
+    return f"{adapter.get('path')}, sha256 {_short(adapter.get('sha256'))}"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -48,15 +48,18 @@ def training_on_host() -> Iterator[None]:
       ``Tensor.to("cuda")`` (M ``pipeline_parallel/schedules.py:596,983,2138``, ``optimizer/optimizer.py:907``,
       ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N, in ``lightning/pytorch``,
       ``strategies/megatron_strategy.py:801,881`` and ``plugins/data_sampler.py:192,212``);
-    - ``Tensor.cuda`` gives the tensor itself (N ``collections/llm/gpt/model/base.py:103``), and ``torch.cuda.LongTensor``
-      is one of the CPU (N ``collections/llm/gpt/data/utils.py:777``, for ``FineTuningDataModule``);
+    - ``Tensor.cuda`` gives the tensor itself (N ``collections/llm/gpt/model/base.py:103``), and
+      ``torch.cuda.LongTensor`` is one of the CPU (N ``collections/llm/gpt/data/utils.py:777``, for
+      ``FineTuningDataModule``);
     - ``torch.cuda.synchronize`` returns (M ``dist_checkpointing/strategies/filesystem_async.py:230``);
     - the files of a checkpoint are written by threads, as ``multiprocessing.dummy`` has them: Megatron would fork
       processes, which ranks that are daemons may not, and start the main script anew for a queue (M
       ``dist_checkpointing/strategies/filesystem_async.py:54,266``);
     - recomputation keeps no state of a CUDA generator (M ``tensor_parallel/random.py:55,86``); of the CPU's it does;
     - gradients are clipped as if they were on a GPU (M ``optimizer/clip_grads.py:167`` asserts it);
-    - loaded tensors stay where they are (N ``lightning/io/pl.py:495`` asserts that CUDA is initialised).
+    - loaded tensors stay where they are (N ``lightning/io/pl.py:495`` asserts that CUDA is initialised);
+    - a linear layer that gets a LoRA is none of Transformer Engine's, which NeMo asks of it also where that is not
+      installed (N ``collections/llm/peft/lora.py:703``, ``utils.py:77``).
     """
     with megatron_on_host(), _replaced(_training_stand_ins):
         yield
@@ -101,6 +104,8 @@ def _training_stand_ins() -> list[Replacement]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import optimizer
     from megatron.core.tensor_parallel import random
+    from nemo.collections.llm.peft import lora
+    from nemo.collections.llm.peft import utils as peft
     from nemo.lightning.io import pl
 
     return [
@@ -114,6 +119,8 @@ def _training_stand_ins() -> list[Replacement]:
         (random, "_set_cuda_rng_state", _nothing),
         (optimizer, "clip_grad_by_total_norm_fp32", _with_cuda_names(optimizer.clip_grad_by_total_norm_fp32)),
         (pl, "_fix_tensors_device", lambda tensors: tensors),
+        (lora, "te", SimpleNamespace(Linear=type("Linear", (), {}))),
+        (peft, "HAVE_TE", False),
     ]
 
 

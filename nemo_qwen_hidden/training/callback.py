@@ -22,7 +22,7 @@ from nemo_qwen_hidden.model.config import TORCH_DTYPES
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.training.batches import Lengths, Noted, Numbering
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
-from nemo_qwen_hidden.training.description import describe
+from nemo_qwen_hidden.training.description import adapter_of, describe
 from nemo_qwen_hidden.training.gathering import StepInProgress
 from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.observer import Observer
@@ -212,7 +212,7 @@ class HiddenStatesCallback(Callback, KeptArguments):
         observer = Observer(chunks, groups, stages=live_stages(trainer), capture=capture)
         recorder, to = None, self._to
         if not callable(to):
-            recorder = self._recorder(Path(to), chunks[0].config, points, groups, trainer.global_step)
+            recorder = self._recorder(Path(to), trainer, points, groups)
             to = recorder.put
         self._fit = _Fit(
             observer=observer,
@@ -224,13 +224,13 @@ class HiddenStatesCallback(Callback, KeptArguments):
         )
         return self._fit
 
-    def _recorder(
-        self, folder: Path, config: Any, points: Sequence[HookPoint], groups: ProcessGroups, step: int
-    ) -> Recorder:
+    def _recorder(self, folder: Path, trainer: Trainer, points: Sequence[HookPoint], groups: ProcessGroups) -> Recorder:
         """A run that begins drops nothing of a store that is there, which is then refused."""
+        config = live_chunks(trainer)[0].config
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
-        what = describe(config, points, groups, work="training", compute=compute, stored=self._dtype or compute)
-        return Recorder(folder, what, groups, resume_at=step or None, nonfinite=self._nonfinite)
+        dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
+        what = describe(config, points, groups, work="training", adapter=adapter_of(trainer), **dtypes)
+        return Recorder(folder, what, groups, resume_at=trainer.global_step or None, nonfinite=self._nonfinite)
 
     def _hand_on(self) -> None:
         fit = self._fit

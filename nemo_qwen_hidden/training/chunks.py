@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from nemo.lightning.pytorch.callbacks import PEFT
 from torch import nn
 
 from nemo_qwen_hidden.errors import ConfigError
@@ -35,6 +36,11 @@ def live_groups(trainer: Trainer) -> ProcessGroups:
 def live_stages(trainer: Trainer) -> tuple[range, ...]:
     """Layer indices of every pipeline stage, virtual ones counted. Collective over all ranks."""
     return held_stages(live_chunks(trainer), live_groups(trainer))
+
+
+def live_peft(trainer: Any) -> PEFT | None:
+    """What of NeMo's trains an adapter in place of the weights; None: the weights themselves are trained."""
+    return next((each for each in trainer.callbacks if isinstance(each, PEFT)), None)
 
 
 def _parallel(trainer: Trainer) -> Any:

@@ -194,18 +194,18 @@ class TextData(BlockData):
             where = f"as the run at {self._job.run_path} was begun"
             raise_all(
                 [
-                    ConfigError(f"train.{name}", f"must be {known[name]}, {where}", value)
+                    ConfigError(f"train.{name}", f"must be {known.get(name)}, {where}", value)
                     for name, value in schedule.items()
-                    if known[name] != value
+                    if known.get(name) != value
                 ]
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**origin, "schedule": schedule}) + "\n")
 
 
-SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "seed")
-"""Settings that a run goes on with as it was begun: a checkpoint has the learning rates, and the order of samples
-follows from the seed."""
+SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "lora_dim", "seed")
+"""Settings that a run goes on with as it was begun: a checkpoint has the learning rates and what is trained, and the
+order of samples follows from the seed."""
 _PURPOSE = {"train": "train with", "validation": "validate with (or none: `train.validation_part` 0)"}
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
 from megatron.core.transformer import TransformerConfig
 
 from nemo_qwen_hidden.hookpoint import HookPoint, by_depth
@@ -13,6 +14,7 @@ from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.provenance import record_of
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
+from nemo_qwen_hidden.training.chunks import live_peft
 
 
 def describe(
@@ -23,6 +25,7 @@ def describe(
     work: str,
     compute: str,
     stored: str,
+    adapter: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -32,8 +35,9 @@ def describe(
 
     Args:
         config: of the model in training. points: all that are captured, of any stage. work: what the run does to the
-            store, in words. compute, stored: dtypes, such as ``bf16``. model: what the run began with, as a manifest
-            says it (``path``, ``weights_sha256``); its sizes are added.
+            store, in words. compute, stored: dtypes, such as ``bf16``. adapter: what is trained instead of the
+            weights, see ``adapter_of``. model: what the run began with, as a manifest says it (``path``,
+            ``weights_sha256``); its sizes are added.
     """
     shape = decoder_shape(config)
     architecture = {**vars(shape), "rotary_base": config.rotary_base, "norm_epsilon": config.layernorm_epsilon}
@@ -49,10 +53,24 @@ def describe(
         stored_dtype=stored,
         hook_points=tuple(entries),
         parts=(),
-        model={**(model or {}), "architecture": architecture},
+        model={
+            **(model or {}),
+            "architecture": architecture,
+            **({} if adapter is None else {"adapter": dict(adapter)}),
+        },
         tokenizer=dict(tokenizer or {}),
         producers=(record_of(work, points, groups.topology, time.time()),),
     )
+
+
+def adapter_of(trainer: Trainer) -> dict[str, Any] | None:
+    """The adapter that is trained instead of the weights, as a manifest says it: its kind, sizes and places; None where
+    there is none. It has no fingerprint, being another one in each step."""
+    peft = live_peft(trainer)
+    if peft is None:
+        return None
+    said = {name: getattr(peft, name) for name in ("dim", "alpha") if hasattr(peft, name)}
+    return {"kind": type(peft).__name__, **said, "target_modules": list(getattr(peft, "target_modules", ()))}
 
 
 def decoder_shape(config: TransformerConfig) -> DecoderShape:

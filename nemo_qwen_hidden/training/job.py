@@ -176,6 +176,8 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
 def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:
     problems: list[UserError] = []
     train, vocab_size = settings.train, architecture.shape.vocab_size
+    if train.lora_dim is not None and topology.vp > 1:  # NeMo would leave the adapter out of checkpoints
+        problems.append(ConfigError("parallel.vp", "must be 1 where `train.lora_dim` is given", topology.vp))
     if vocab_size % topology.tp:  # padding would take part in the loss
         problems.append(
             ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)

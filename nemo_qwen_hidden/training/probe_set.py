@@ -28,7 +28,7 @@ from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
-from nemo_qwen_hidden.training.description import decoder_shape, describe
+from nemo_qwen_hidden.training.description import adapter_of, decoder_shape, describe
 from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.probe_documents import ProbeDocuments, check_tokens, read_samples
 from nemo_qwen_hidden.training.recorder import Recorder, Sample, StepStates
@@ -125,11 +125,13 @@ class ProbeSetCallback(Callback, KeptArguments):
         self._dtype, self._nonfinite, self._log, self._labels = dtype, nonfinite, log, labels
         self._fit: _Fit | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the documents, opens the store, and captures the step that the run begins with. Collective over all
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Before the first, reads the documents, opens the store, and captures the step that the run begins with: by
+        now NeMo has put in an adapter, if there is one, and the weights that it goes on with. Collective over all
         ranks."""
-        self._fit = self._begin(trainer, pl_module)
-        self._capture(trainer)
+        if self._fit is None:
+            self._fit = self._begin(trainer, pl_module)
+            self._capture(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Captures the step that was reached. Collective over all ranks."""
@@ -171,7 +173,8 @@ class ProbeSetCallback(Callback, KeptArguments):
         vocab_size = decoder_shape(config).vocab_size
         samples = on_rank_0(lambda: self._read(pl_module, vocab_size), groups, status_of=status_of)
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
-        what = describe(config, points, groups, work="probe set", compute=compute, stored=self._dtype or compute)
+        dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
+        what = describe(config, points, groups, work="probe set", adapter=adapter_of(trainer), **dtypes)
         step = trainer.global_step
         recorder = Recorder(self._to, what, groups, resume_at=step or None, nonfinite=self._nonfinite)
         return _Fit(

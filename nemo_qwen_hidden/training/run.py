@@ -26,6 +26,7 @@ from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 from nemo_qwen_hidden.training.data import TextData
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
 from nemo_qwen_hidden.training.logger import Checkpoints, Logger
+from nemo_qwen_hidden.training.lora import LoRA
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
 from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
 from nemo_qwen_hidden.training.strategy import megatron_strategy
@@ -54,13 +55,14 @@ def fit(
             trainer=_trainer(job, [progress, *_watchers(job)], rendezvous),
             log=_logger(job),
             resume=nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True),
+            model_transform=None if job.settings.train.lora_dim is None else LoRA(dim=job.settings.train.lora_dim),
         )
 
 
 def _model(job: FinetuningJob) -> Qwen2Model:
     train, dtype = job.settings.train, job.settings.precision.compute
     more: dict[str, Any] = {"seq_length": train.seq_length, **_recompute(train.recompute, train.recompute_layers)}
-    if job.begun:  # a checkpoint brings the weights
+    if job.begun and train.lora_dim is None:  # a checkpoint brings the weights
         more["weights"] = None
     config = configure_training(job.model_folder, job.topology, stages=job.stages, dtype=dtype, **more)
     optimizer = OptimizerConfig(

@@ -19,7 +19,7 @@ from torch import Tensor
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
 from nemo_qwen_hidden.training.attach import AttachedLosses, require_padded
-from nemo_qwen_hidden.training.chunks import live_chunks, live_groups
+from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_peft
 from nemo_qwen_hidden.training.state_loss import StateLoss
 
 WHOLE = "whole_batch"
@@ -44,7 +44,8 @@ class StateLossCallback(pl.Callback):
 
     Raises (when the run starts):
         ConfigError: the configuration has no such losses, or its ``data_step_fn`` is not ``whole_batch_step``; or the
-            batches are packed, on every rank, before a schedule begins.
+            batches are packed, on every rank, before a schedule begins; or in the first step, a PEFT of NeMo's has
+            frozen the heads (``training.lora.LoRA`` does not).
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,8 @@ class StateLossCallback(pl.Callback):
         """Called by NeMo before each schedule."""
         if self._attached is not None:
             assert step.num_microbatches is not None
+            if not step.forward_only:
+                _require_trained_heads(step.pipeline.trainer)
             self._attached.begin_step(num_microbatches=step.num_microbatches, forward_only=step.forward_only)
 
     def on_megatron_microbatch_start(self, step: MegatronStep[Any, Any], batch: Mapping[str, Any], **_: Any) -> None:
@@ -104,6 +107,19 @@ class StateLossCallback(pl.Callback):
         if not self._losses:
             raise ConfigError("state_losses", "must be set in the model's configuration", self._losses)
         self._attached = AttachedLosses(chunks, self._losses, live_groups(trainer))
+
+
+def _require_trained_heads(trainer: pl.Trainer) -> None:
+    """NeMo's PEFT freezes whatever is no adapter, after this callback has attached the losses."""
+    peft = live_peft(trainer)
+    if peft is None:
+        return
+    for chunk in live_chunks(trainer):
+        heads = getattr(chunk, "state_heads", None)
+        if heads is not None and not all(parameter.requires_grad for parameter in heads.parameters()):
+            rule = "must leave the heads of losses to be trained, as `training.lora.LoRA` does"
+            kind = type(peft)
+            raise ConfigError("peft", rule, f"{kind.__module__}.{kind.__qualname__}")
 
 
 class StateLossModel(Qwen2HiddenModel):

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from nemo_qwen_hidden import finetuning
+from nemo_qwen_hidden.checkpoint.adapter import Adapter
+from nemo_qwen_hidden.checkpoint.architecture import read_architecture
 from nemo_qwen_hidden.config import (
     CaptureSettings,
     FinetuneSettings,
@@ -113,6 +115,50 @@ def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, 
     assert relative_error(torch.from_numpy(states[2]), torch.from_numpy(states[0])) < 1e-4
 
 
+def test_a_lora_goes_on_after_a_kill_and_its_checkpoint_opens(tmp_path: Path, start_ranks: Start) -> None:
+    """In the same and in another layout; what the checkpoint has is the adapter alone, which gives the states that the
+    run's probe set had at its end."""
+
+    def lora(name: str, **parallel: Any) -> FinetuningJob:
+        job = job_at(tmp_path / name, **parallel)
+        watch = replace(job.settings.watch, probe_store=str(tmp_path / name / "probe"), probe_documents=3)
+        train = replace(TRAIN, lora_dim=4, max_steps=6, recompute="uniform")
+        return prepare(replace(job.settings, train=train, watch=watch), world=None)
+
+    start_ranks(2, fit_started, lora("whole", tp=2))
+    with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+        start_ranks(2, fit_until_killed, lora("killed", tp=2), 4)
+    shutil.copytree(tmp_path / "killed", tmp_path / "moved")
+    start_ranks(2, fit_started, lora("killed", tp=2))
+    start_ranks(2, fit_started, lora("moved", pp=2))
+    expected, same, other = (tensors_of(tmp_path / name) for name in ("whole", "killed", "moved"))
+    assert same.keys() == expected.keys() and all(".adapter." in name for name in expected)
+    assert any("exp_avg" in name for name in expected)
+    for name, tensor in expected.items():
+        assert torch.equal(same[name], tensor), name
+        assert torch.allclose(other[name], tensor, rtol=0, atol=1e-4), name
+
+    checkpoint = lora("whole", tp=2).checkpoints[-1]
+    assert Adapter.of(checkpoint, read_architecture(lora("whole").model_folder).shape).dim == 4
+    for name in ("whole", "killed", "moved"):
+        probes = open_store(tmp_path / name / "probe")
+        assert [step.step for step in probes.steps] == [0, 2, 4, 6]
+        begun, ended = (probes.at(step=step).document(0) for step in (0, 6))
+        ids = torch.from_numpy(ended.token_id[: TRAIN.seq_length].astype(np.int64))[None]
+        found = torch.from_numpy(start_ranks(1, states_of, lora(name).checkpoints[-1], ids)[0])
+        assert relative_error(found, ended["resid_post@3"][: TRAIN.seq_length].float()) < 5e-6
+        assert relative_error(found, begun["resid_post@3"][: TRAIN.seq_length].float()) > 1e-3
+
+
+def states_of(rank: Rank, adapter: Path, ids: torch.Tensor) -> Any:
+    """Of the demo model with the adapter merged in."""
+    from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
+
+    model = Qwen2HiddenModel.from_pretrained(adapter=adapter)
+    (states,) = model.hidden_states(ids, hook_points=["resid_post@3"]).values()
+    return states[0].numpy()
+
+
 def test_a_run_begins_from_the_checkpoint_of_another(tmp_path: Path, start_ranks: Start) -> None:
     def one_step(name: str, model: Path | None) -> FinetuningJob:
         job = job_at(tmp_path / name)
@@ -196,6 +242,7 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
         (TrainSettings(recompute_layers=2), r"train\.recompute_layers"),
         (TrainSettings(recompute="uniform", recompute_layers=4), r"train\.recompute_layers"),
         (TrainSettings(warmup_steps=100), r"train\.warmup_steps"),
+        (TrainSettings(lora_dim=0), r"train\.lora_dim"),
     ):
         with pytest.raises((ConfigError, ConfigErrors), match=f"`{setting}`"):
             prepare(replace(settings, train=train), world=None)
@@ -222,4 +269,7 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
     attention = CaptureSettings(hook_points=("attn_weights@0",))
     with pytest.raises(ConfigError, match=r"`capture\.hook_points` must leave out attn_weights"):
         prepare(replace(settings, capture=attention, watch=WatchSettings(store=store)), world=None)
+    virtual = replace(virtual, train=TrainSettings(lora_dim=4))
+    with pytest.raises(ConfigError, match=r"`parallel\.vp` must be 1 where `train\.lora_dim` is given"):
+        prepare(virtual, world=None)
     assert not (tmp_path / "run").exists()

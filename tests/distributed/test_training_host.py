@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,8 +40,9 @@ def _raised(call: Callable[[], Any], inside: Callable[[], Any]) -> str | None:
 def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import clip_grads, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import RowParallelLinear, random
     from megatron.core.utils import local_multi_tensor_l2_norm
+    from nemo.collections.llm import peft
     from nemo.collections.llm.gpt.data.utils import _get_samples_mapping
     from nemo.collections.llm.gpt.model.base import gpt_data_step
     from nemo.lightning.io import pl
@@ -64,6 +67,20 @@ def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
         with process_groups(Topology()):
             _get_samples_mapping(None, "", None, 3, 8, 0.0, 0, "", False, samples_mapping=[0, 1, 2])
 
+    def lora() -> None:
+        sizes = (True, 2, 2, True, True)
+        with (
+            mock.patch.object(peft.lora, "get_adapter_attributes_from_linear", lambda linear: sizes),
+            mock.patch.object(peft.utils, "ParallelLinearAdapter", lambda *_, **__: torch.nn.Identity()),
+        ):
+            peft.LoRA(target_modules=["linear"]).transform(torch.nn.Identity(), name="linear")
+
+    def sizes_of_lora() -> None:
+        linear = RowParallelLinear.__new__(RowParallelLinear)
+        torch.nn.Module.__init__(linear)
+        linear.config, linear.input_size, linear.output_size = SimpleNamespace(sequence_parallel=False), 2, 2
+        peft.utils.get_adapter_attributes_from_linear(linear)
+
     def side_stream() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             pass
@@ -84,6 +101,8 @@ def _calls(folder: Path) -> dict[str, Callable[[], Any]]:
         "recompute": lambda: random._set_cuda_rng_state(random._get_cuda_rng_state()),
         "clipping": lambda: optimizer.clip_grad_by_total_norm_fp32([parameter], 1.0, 2.0),
         "loading": lambda: pl._fix_tensors_device({}),
+        "LoRA": lora,
+        "sizes of a LoRA": sizes_of_lora,
         "optimizer types": lambda: _require_cuda_names(parameter),
         "side stream": side_stream,
         "clipping itself": lambda: clip_grads.clip_grad_by_total_norm_fp32([parameter], 1.0, 2.0),

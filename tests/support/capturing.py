@@ -76,7 +76,7 @@ def _run(rank: Rank, folder: Path, run: Capturing) -> Captured:
     found = Captured()
     callbacks = [bystander(found, run.weights)]
     if run.settings is not None:
-        callbacks.append(HiddenStatesCallback(to=lambda states: _note(found, states), **run.settings))
+        callbacks.append(HiddenStatesCallback(to=lambda states: note(found, states), **run.settings))
         if run.store is not None:
             callbacks.append(HiddenStatesCallback(to=run.store, **run.settings))
     resumed = run.saved if run.saved is not None and run.saved.exists() else None
@@ -148,7 +148,7 @@ def _saboteur(saved: Path) -> Any:
     return Saboteur()
 
 
-def _note(found: Captured, states: Any) -> None:
+def note(found: Captured, states: Any) -> None:
     from nemo_qwen_hidden.training.recorder import ROW_STRIDE
 
     for sample in states.samples:
@@ -197,22 +197,24 @@ def _fingerprint(trainer: Any, chunks: Sequence[Any]) -> str:
         for name, parameter in chunk.named_parameters():
             digest.update(name.encode())
             digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(parameter.main_grad.contiguous().view(torch.uint8).numpy().tobytes())
+            if parameter.requires_grad:
+                digest.update(parameter.main_grad.contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(torch.get_rng_state().numpy().tobytes())
     tracker = get_cuda_rng_tracker().get_states()
     digest.update(pickle.dumps((np.random.get_state(), random.getstate(), sorted(tracker))))
     return digest.hexdigest()
 
 
-def transformers_model(folder: Path, weights: dict[str, np.ndarray]) -> Any:
+def transformers_model(folder: Path, weights: dict[str, np.ndarray], dtype: torch.dtype = torch.float32) -> Any:
     """The Qwen2 of ``folder`` by transformers, with weights by the names of Megatron's checkpoints."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     config, state = model.config, {}
     by_name = {name.split("module.")[-1]: torch.from_numpy(values) for name, values in weights.items()}
     groups, per_group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    state["model.embed_tokens.weight"] = state["lm_head.weight"] = by_name["embedding.word_embeddings.weight"]
+    state["model.embed_tokens.weight"] = by_name["embedding.word_embeddings.weight"]
+    state["lm_head.weight"] = by_name.get("output_layer.weight", state["model.embed_tokens.weight"])
     state["model.norm.weight"] = by_name["decoder.final_layernorm.weight"]
     for layer in range(config.num_hidden_layers):
         ours = {
@@ -254,13 +256,18 @@ def expected_states(model: Any, token_ids: Sequence[Sequence[int]], points: Sequ
         modules = {
             "embed": decoder.embed_tokens,
             "final_norm": decoder.norm,
-            "resid_post": layer,
+            "resid_pre": layer,
+            "q": layer.self_attn.q_proj,
+            "k": layer.self_attn.k_proj,
+            "v": layer.self_attn.v_proj,
             "attn_out": layer.self_attn,
+            "resid_mid": layer.post_attention_layernorm,  # the first to see the sum
+            "resid_post": layer,
             "z": layer.self_attn.o_proj,
             "mlp_act": layer.mlp.down_proj,
             "mlp_out": layer.mlp,
         }
-        take(point, modules[site], given=site in ("z", "mlp_act"))
+        take(point, modules[site], given=site in ("resid_pre", "z", "resid_mid", "mlp_act"))
     with torch.no_grad():
         decoder(torch.tensor(token_ids))
     for handle in handles:

@@ -1,10 +1,8 @@
 """NeMo 2 checkpoints for tests, written by NeMo's own Trainer, and NeMo's own LoRA."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing import current_process
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,17 +15,6 @@ from tests.support.models import Batch
 from tests.support.training import Job, Outcome, pieces_in, pieces_of, trainer_of
 
 DIM, ALPHA = 4, 6
-
-
-@contextmanager
-def without_transformer_engine() -> Iterator[None]:
-    """NeMo 2.7.3 asks of each module whether it is one of Transformer Engine's, installed or not
-    (``collections/llm/peft/lora.py:703``, ``utils.py:77``)."""
-    from nemo.collections.llm.peft import lora, utils
-
-    nobodys = SimpleNamespace(Linear=type("Linear", (), {}))
-    with mock.patch.object(lora, "te", nobodys), mock.patch.object(utils, "HAVE_TE", False):
-        yield
 
 
 def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequence[str] = ()) -> Outcome:
@@ -44,7 +31,7 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
         LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, lora_B_init_method="normal")
         for _ in target_modules[:1]
     ]
-    with without_transformer_engine(), trainer_of(rank, job, folder, callbacks) as (trainer, model, data):
+    with trainer_of(rank, job, folder, callbacks) as (trainer, model, data):
         if callbacks:
             model.model_transform, model.__io__.model_transform = callbacks[0], callbacks[0].__io__
         trainer.fit(model, data)
@@ -118,12 +105,12 @@ def lora_applied(rank: Rank, folder: Path, adapter: Path, batch: Batch, points: 
 
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.parallel.groups import process_groups
-    from nemo_qwen_hidden.parallel.host import megatron_on_host
+    from nemo_qwen_hidden.parallel.host import training_on_host
 
     torch.set_num_threads(1)
     with process_groups(Topology(), rank=rank.rank, rendezvous=rank.rendezvous) as groups:
         model = Qwen2HiddenModel.from_pretrained(folder, groups=groups)
-        with without_transformer_engine(), megatron_on_host():
+        with training_on_host():
             fn.walk(model.module, LoRA(dim=DIM, alpha=ALPHA, lora_B_init_method="normal").transform)
             everything = model.module.sharded_state_dict(prefix="module.module.")
             wanted = {name: entry for name, entry in everything.items() if ".adapter." in name and "_extra" not in name}

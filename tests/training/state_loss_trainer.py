@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
+from tests.support.lora import DIM, put_lora
 from tests.support.training import Job, Piece, pieces_of, trainer_of
 from tests.training.state_losses import (
     LENGTH,
@@ -33,15 +34,16 @@ SAMPLES = MICROBATCHES * SEQUENCES
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A step of NeMo's Trainer. alone: without a language model's loss. save, resume: a checkpoint's folder.
-    then_nothing: a second step, in which no token counts. packed: the batches say that they are.
-    freeze: all but the heads."""
+    """A step of NeMo's Trainer. alone: without a language model's loss. lora: trains one, ``ours`` or ``nemos``. save,
+    resume: a checkpoint's folder. then_nothing: a second step, in which no token counts. packed: the batches say that
+    they are. freeze: all but the heads."""
 
     topology: Topology
     truth: str = "gradients"
     only: tuple[str, ...] = USUAL
     settings: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
+    lora: str | None = None
     save: Path | None = None
     resume: Path | None = None
     steps: int = 1
@@ -53,11 +55,12 @@ class Run:
 @dataclass(kw_only=True)
 class Trained(Found):
     """values: of the first step. logged: by Lightning, last. first, pieces: the weights before the first step of this
-    run, and after the last."""
+    run, and after the last. gradients: of the first step, where a LoRA is trained, of what is trained."""
 
     logged: dict[str, float]
     first: list[Piece]
     pieces: list[Piece]
+    gradients: list[Piece] = field(default_factory=list)
 
 
 def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
@@ -69,7 +72,8 @@ def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
 
 
 def _train(rank: Rank, folder: Path, run: Run) -> Trained:
-    from nemo_qwen_hidden.parallel.host import training_on_host
+    from nemo.lightning.resume import AdapterPath
+
     from nemo_qwen_hidden.training.columns import ColumnData
     from nemo_qwen_hidden.training.state_loss_callback import (
         StateLossCallback,
@@ -101,16 +105,33 @@ def _train(rank: Rank, folder: Path, run: Run) -> Trained:
             micro_batch_size=SEQUENCES,
             global_batch_size=SAMPLES,
         )
+        resume: Any = None if run.resume is None else str(run.resume)
+        if run.lora is not None:
+            lora = put_lora(trainer, model, ours=run.lora == "ours", lora_B_init_method="normal")
+            assert lora.dim == DIM
+            resume = resume and AdapterPath(run.resume / "weights", base_model_path=folder)  # as NeMo's AutoResume does
         try:
-            trainer.fit(model, data, ckpt_path=None if run.resume is None else str(run.resume))
+            trainer.fit(model, data, ckpt_path=resume)
         except ConfigError as error:
             return Trained(errors={}, values={}, error=str(error), logged={}, first=[], pieces=[])
-        if run.save is not None:
-            with training_on_host():  # fit() has torn the strategy down
-                trainer.save_checkpoint(run.save)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         pieces = pieces_of(trainer)
-    return Trained(errors=watcher.errors, values=watcher.values, logged=logged, first=watcher.first, pieces=pieces)
+    found = {"errors": watcher.errors, "values": watcher.values, "gradients": watcher.gradients}
+    return Trained(**found, logged=logged, first=watcher.first, pieces=pieces)
+
+
+def gradients_of(trainer: Any) -> list[Piece]:
+    """This rank's part of the gradients of what is trained, by the names of the weights."""
+    from nemo_qwen_hidden.training.chunks import live_chunks
+
+    trained = [p for chunk in live_chunks(trainer) for p in chunk.parameters() if p.requires_grad]
+    weights = [parameter.data for parameter in trained]
+    for parameter in trained:
+        parameter.data = parameter.main_grad
+    pieces = pieces_of(trainer)
+    for parameter, values in zip(trained, weights, strict=True):
+        parameter.data = values
+    return [piece for piece in pieces if ".adapter." in piece.name or piece.name.startswith("state_heads.")]
 
 
 def _freeze(model: Any) -> None:
@@ -143,6 +164,7 @@ def _watcher(run: Run, folder: Path) -> Any:
         errors: dict[str, float]
         values: dict[str, float]
         first: list[Piece]
+        gradients: list[Piece]
 
         def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             if run.resume is None:
@@ -150,18 +172,26 @@ def _watcher(run: Run, folder: Path) -> Any:
                     fill_heads(chunk, load_file(folder / "heads.safetensors"), run.topology.at(trainer.global_rank))
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.errors, self.values, self.first = {}, {}, pieces_of(trainer)
+            self.errors, self.values, self.first, self.gradients = {}, {}, [], []
 
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if not self.values:
-                self.values = {name: float(trainer.callback_metrics[name]) for name in run.only}
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not self.first:
+                self.first = pieces_of(trainer)
 
         def on_megatron_microbatches_end(self, step: Any, **_: Any) -> None:
-            if not self.errors and run.truth:
+            if run.lora is not None:
+                self.gradients = self.gradients or gradients_of(step.pipeline.trainer)
+            elif not self.errors and run.truth:
                 truth = folder / run.truth
                 expected = chunks_of(
                     Case(topology=run.topology, only=run.only), folder, truth, truth / "heads.safetensors"
                 )
                 self.errors = errors_of(live_chunks(step.pipeline.trainer), expected)
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not self.values:
+                self.values = {name: float(trainer.callback_metrics[name]) for name in run.only}
+            if run.save is not None:
+                trainer.save_checkpoint(run.save)
 
     return Watcher()

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.topology import Topology
 from tests.store.helpers import make_store
+from tests.support.capturing import transformers_model
 from tests.support.models import Tiny, save_tiny
 
 LAYERS, HIDDEN, VOCAB, TEACHER_WIDTH = 8, 64, 384, 24
@@ -155,12 +157,17 @@ def by_transformers(
     language_model: float = 1.0,
     weights: torch.dtype = torch.float64,
     compute: torch.dtype = torch.float64,
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> Truth:
-    """All in one graph; the losses and their heads in float64. weights: rounded to this. compute: the model's dtype. A
-    mean over nothing is 0."""
+    """All in one graph; the losses and their heads in float64. weights: rounded to this. compute: the model's dtype.
+    given: weights by Megatron's names, instead of those of the folder. A mean over nothing is 0."""
     from transformers import Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=weights, attn_implementation="eager").eval()
+    if given is None:
+        how: dict[str, Any] = {"dtype": weights, "attn_implementation": "eager"}
+        model: Any = Qwen2ForCausalLM.from_pretrained(folder / "model", **how).eval()
+    else:
+        model = transformers_model(folder / "model", dict(given), weights)
     model = model.to(compute)
     heads = load_file(folder / "heads.safetensors") | {
         "started.0.residual.weight": torch.zeros(HIDDEN, HIDDEN),

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_qwen_hidden.checkpoint.distributed import DistributedFiles
 from nemo_qwen_hidden.errors import CheckpointError, ConfigError, HiddenStatesError
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
+from tests.support.lora import ALPHA, DIM, merged
 from tests.support.models import Tiny, save_tiny
 from tests.support.training import whole_weights
 from tests.training import state_loss_trainer, state_losses
@@ -180,6 +182,65 @@ def test_nemo_trainer(start_ranks: Start, folder: Path, truths: dict[str, Truth]
     assert {name.split(".")[1] for name in saved if name.startswith("state_heads.")} == HEADS
     assert saved.keys() == resumed.keys() and all(np.array_equal(saved[name], resumed[name]) for name in saved)
     assert found["resumed"][0].logged["global_step"] == 1
+
+
+def test_nemo_lora(start_ranks: Start, folder: Path, tmp_path: Path) -> None:
+    """Values, gradients of heads and of adapters, and the checkpoint, which has both and opens in another layout."""
+    saved, uniform = tmp_path / "adapter", RECOMPUTE["uniform1"]
+    runs = [
+        Run(topology=Topology(tp=2, sp=True), lora="ours"),
+        Run(topology=Topology(pp=2), settings=uniform, lora="ours", save=saved),
+        Run(topology=Topology(tp=2), resume=saved, steps=2, lora="ours"),
+    ]
+    by_run = list(zip(*start_ranks(2, state_loss_trainer.train, folder, runs), strict=True))
+    for ranks in by_run[:2]:
+        begun = whole_weights([replace(rank, pieces=rank.first) for rank in ranks])
+        found = whole_weights([replace(rank, pieces=rank.gradients) for rank in ranks])
+        truth = state_losses.by_transformers(folder, given=merged(begun))
+        heads = {name for name in truth.gradients if name.startswith("state_heads.") and name.split(".")[1] in HEADS}
+        expected = {name: truth.gradients[name].numpy() for name in heads}
+        expected |= gradients_of_adapter(begun, truth.gradients, groups=2)
+        assert found.keys() == expected.keys() and {name.split(".")[1] for name in found} == {"layers", *HEADS}
+        for name, gradient in expected.items():
+            error = np.linalg.norm(found[name] - gradient) / np.linalg.norm(gradient)
+            assert error <= BOUND, (name, error)
+        assert all(rank.values == pytest.approx(truth.values, rel=BOUND) for rank in ranks)
+
+    ended = whole_weights(by_run[1])
+    resumed = whole_weights([replace(rank, pieces=rank.first) for rank in by_run[-1]])
+    assert ended.keys() == resumed.keys() and all(np.array_equal(ended[name], resumed[name]) for name in ended)
+    assert by_run[-1][0].logged["global_step"] == 1
+    kept = {name for name in DistributedFiles.of(saved / "weights", "here").tensors if not name.startswith("optimizer")}
+    assert {name.removeprefix("module.") for name in kept if "_extra_state" not in name} == expected.keys()
+
+
+def gradients_of_adapter(
+    weights: dict[str, np.ndarray], gradients: dict[str, torch.Tensor], *, groups: int
+) -> dict[str, np.ndarray]:
+    """By the chain rule from the gradient of W + alpha / dim * B A, which transformers has the parts of."""
+    found, scale = {}, ALPHA / DIM
+    for linear, parts in {
+        "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attention.linear_proj": ("self_attn.o_proj",),
+        "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.linear_fc2": ("mlp.down_proj",),
+    }.items():
+        down, up = (f"decoder.layers.{linear}.adapter.linear_{side}.weight" for side in ("in", "out"))
+        of_down, of_up = [], []
+        for layer, (a, b) in enumerate(zip(weights[down], weights[up], strict=True)):
+            pieces = [gradients[f"model.layers.{layer}.{part}.weight"].numpy() for part in parts]
+            if "qkv" in linear:  # query group by query group
+                pieces = [np.concatenate([piece.reshape(groups, -1, piece.shape[1]) for piece in pieces], axis=1)]
+            change = np.concatenate(pieces).reshape(len(b), -1)
+            of_up.append(scale * change @ a.T)
+            of_down.append(scale * b.T @ change)
+        found[down], found[up] = np.stack(of_down), np.stack(of_up)
+    return found
+
+
+def test_a_lora_that_freezes_heads_is_refused(start_ranks: Start, folder: Path) -> None:
+    ((refused,),) = start_ranks(1, state_loss_trainer.train, folder, [Run(topology=Topology(), lora="nemos")])
+    assert "`peft` must leave the heads of losses to be trained, as `training.lora.LoRA`" in refused.error
 
 
 def test_heads_begin_the_same_on_every_layout_and_draw_no_random_numbers(start_ranks: Start, folder: Path) -> None:

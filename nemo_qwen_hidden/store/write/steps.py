@@ -277,6 +277,7 @@ def _described(manifest: Manifest) -> dict[str, object]:
         ],
         "model.weights_sha256": manifest.model.get("weights_sha256"),
         "model.architecture": manifest.model.get("architecture"),
+        "model.adapter": manifest.model.get("adapter"),
         "tokenizer.sha256": manifest.tokenizer.get("sha256"),
     }
 
