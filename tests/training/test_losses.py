@@ -190,12 +190,15 @@ def gradients_of_adapter(
     return found
 
 
-def test_a_lora_that_freezes_heads_is_refused(start_ranks: Start, folder: Path) -> None:
+def test_a_lora_that_cannot_be_trained_is_refused(start_ranks: Start, folder: Path) -> None:
     runs = [Run(topology=Topology(), lora="nemos")]
     with pytest.raises(
         ConfigError, match=r"`peft` must leave the heads of losses to be trained, as `training\.lora\.LoRA`"
     ):
         start_ranks(1, state_loss_trainer.train, folder, runs)
+    virtual = [Run(topology=Topology(pp=2, vp=2), lora="ours")]
+    with pytest.raises(ConfigError, match=r"`virtual_pipeline_model_parallel_size` must be None with a LoRA"):
+        start_ranks(2, state_loss_trainer.train, folder, virtual)
 
 
 def test_heads_begin_the_same_on_every_layout_and_draw_no_random_numbers(start_ranks: Start, folder: Path) -> None:
