@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
+from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
@@ -157,6 +159,7 @@ class TextData(BlockData):
 
         Raises:
             DataError: too little of it, or others than those that the run was begun with.
+            ConfigError, ConfigErrors: a schedule that the run was not begun with; another model below its LoRA.
         """
         job, train = self._job, self._job.settings.train
         documents, fingerprint, end = _read(job)
@@ -185,9 +188,11 @@ class TextData(BlockData):
     def _record(self, origin: dict[str, Any]) -> None:
         file, train = self._folder / DATA_RECORD, self._job.settings.train
         schedule = {name: getattr(train, name) for name in SCHEDULE}
+        # a checkpoint of a LoRA has not the weights below it
+        base = None if train.lora_dim is None else _weights_sha256(self._job)
         if self._job.begun and file.is_file():
             before = json.loads(file.read_text())
-            known = before.pop("schedule")
+            known, known_base = before.pop("schedule"), before.pop("base", None)
             if before != origin:
                 rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut"
                 raise DataError("data.path", f"{rule} ({before})", origin)
@@ -199,8 +204,17 @@ class TextData(BlockData):
                     if known.get(name) != value
                 ]
             )
+            if base != known_base:
+                rule = f"must be the model whose weights have the sha256 {known_base}, {where}"
+                raise ConfigError("model.path", rule, base)
         self._folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**origin, "schedule": schedule}) + "\n")
+        said = {**origin, "schedule": schedule} | ({} if base is None else {"base": base})
+        file.write_text(json.dumps(said) + "\n")
+
+
+def _weights_sha256(job: FinetuningJob) -> str:
+    """Of the weights that a run begins with, all of which are read."""
+    return weights_sha256(open_weights(job.model_folder, job.architecture))
 
 
 SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "lora_dim", "seed")

@@ -92,6 +92,6 @@ def _chunks(model: nn.Module) -> Iterator[MCoreGPTModel]:
     return (module for module in model.modules() if isinstance(module, MCoreGPTModel))
 
 
-def _with_gradient(_embedding: nn.Module, _inputs: Any, embeddings: Tensor) -> None:
-    if _embedding.training and embeddings.is_leaf:
+def _with_gradient(embedding: nn.Module, _inputs: Any, embeddings: Tensor) -> None:
+    if embedding.training and embeddings.is_leaf:
         embeddings.requires_grad_()

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_qwen_hidden import finetuning
 from nemo_qwen_hidden.checkpoint.adapter import Adapter
@@ -148,6 +149,14 @@ def test_a_lora_goes_on_after_a_kill_and_its_checkpoint_opens(tmp_path: Path, st
         found = torch.from_numpy(start_ranks(1, states_of, lora(name).checkpoints[-1], ids)[0])
         assert relative_error(found, ended["resid_post@3"][: TRAIN.seq_length].float()) < 5e-6
         assert relative_error(found, begun["resid_post@3"][: TRAIN.seq_length].float()) > 1e-3
+
+    job = lora("whole")
+    other = Path(shutil.copytree(job.model_folder, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"`model\.path` must be the model whose weights have the sha256"):
+        start_ranks(1, fit_started, replace(job, model_folder=other))
 
 
 def states_of(rank: Rank, adapter: Path, ids: torch.Tensor) -> Any:

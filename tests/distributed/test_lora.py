@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_qwen_hidden.checkpoint.distributed import DistributedFiles
+from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.topology import Topology
 from tests.conftest import Start
@@ -45,7 +46,9 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
     return bool(np.linalg.norm(found - expected) < PRECISE * np.linalg.norm(expected))
 
 
-def test_states_are_those_of_the_weights_with_the_adapter(folder: Path, tmp_path: Path, start_ranks: Start) -> None:
+def test_states_are_those_of_the_weights_with_the_adapter(
+    folder: Path, tmp_path: Path, start_ranks: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Of training steps and of a probe set, in one and in two microbatches, with and without recompute."""
     documents = write_documents(tmp_path / "documents.jsonl", LENGTHS)
     runs = []
@@ -83,6 +86,8 @@ def test_states_are_those_of_the_weights_with_the_adapter(folder: Path, tmp_path
             assert (adapter["kind"], adapter["dim"], adapter["alpha"]) == ("LoRA", DIM, ALPHA)
             # nothing of a fingerprint, neither of the weights below nor of the adapter, which is another in each step
             assert said.keys() == {"architecture"} and "sha256" not in adapter
+            assert main(["inspect", str(run.store)]) == 0
+            assert f"LoRA in training, dim {DIM}, alpha {ALPHA}" in capfd.readouterr().out
 
 
 def check_training(models: list[Any], job: Job, ranks: list[Captured]) -> None:

@@ -238,9 +238,12 @@ def gradients_of_adapter(
     return found
 
 
-def test_a_lora_that_freezes_heads_is_refused(start_ranks: Start, folder: Path) -> None:
+def test_a_lora_that_cannot_be_trained_is_refused(start_ranks: Start, folder: Path) -> None:
     ((refused,),) = start_ranks(1, state_loss_trainer.train, folder, [Run(topology=Topology(), lora="nemos")])
     assert "`peft` must leave the heads of losses to be trained, as `training.lora.LoRA`" in refused.error
+    virtual = [Run(topology=Topology(pp=2, vp=2), lora="ours")]
+    for (refused,) in start_ranks(2, state_loss_trainer.train, folder, virtual):
+        assert "`virtual_pipeline_model_parallel_size` must be None with a LoRA" in refused.error
 
 
 def test_heads_begin_the_same_on_every_layout_and_draw_no_random_numbers(start_ranks: Start, folder: Path) -> None:
