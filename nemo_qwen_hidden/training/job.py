@@ -16,6 +16,7 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
+from nemo_qwen_hidden.store.write.locks import Lockable
 from nemo_qwen_hidden.store.write.session import exists
 from nemo_qwen_hidden.topology import Topology, model_problems
 
@@ -25,6 +26,9 @@ UNFINISHED = "-unfinished"
 """Ends the name of the mark (``ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX`` of NeMo 2.7.3)."""
 DATA, DATA_RECORD = "data", "data.json"
 """Blocks of tokens in the run's folder, and the file beside them that says of what."""
+
+RUN = Lockable(name="a folder", setting="run.path", locks="locks", error=ConfigError)
+"""The run's folder, where one run works at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,7 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
     """NeMo moves whatever it finds in the folder of a run that is begun."""
     if any((run_path / name).exists() for name in (CHECKPOINTS, f"{DATA}/{DATA_RECORD}")) or not run_path.exists():
         return
-    ours = {DATA, "tokenizer", "tensorboard"}
+    ours = {DATA, RUN.locks, "tokenizer", "tensorboard"}
     ours |= {Path(path).name for path in (settings.watch.store, settings.watch.probe_store) if path is not None}
     foreign = sorted(path.name for path in run_path.iterdir() if path.name not in ours)
     if foreign:

@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
@@ -27,6 +27,7 @@ from nemo_qwen_hidden.capture.taps import LocalSlice
 from nemo_qwen_hidden.errors import HiddenStatesError, StoreError, status_of
 from nemo_qwen_hidden.parallel.agree import gather_values, on_every_rank, on_rank_0
 from nemo_qwen_hidden.parallel.groups import CONTROL_TIMEOUT_DAYS, ProcessGroups
+from nemo_qwen_hidden.parallel.watch import wait_for_thread
 from nemo_qwen_hidden.plan.slices import Run
 from nemo_qwen_hidden.store.captured import CapturedStep, consecutive
 from nemo_qwen_hidden.store.entries import ShardEntry
@@ -183,7 +184,7 @@ class Recorder:
             self.flush()
             with self._changed:
                 self._give(None, ahead=0)
-            self._thread.join()
+            wait_for_thread(self._thread, self._thread.join)
             assert self._files is not None
             on_every_rank(self._files.close, self._groups, status_of=status_of)
             on_rank_0(self._finish, self._groups, status_of=status_of)
@@ -211,15 +212,19 @@ class Recorder:
         the other would wait for it in a collective.
         """
         if self._failure is None:
-            self._changed.wait_for(lambda: self._queued_bytes + size <= self._queue_bytes or self._idle)
+            self._wait_for(lambda: self._queued_bytes + size <= self._queue_bytes or self._idle)
             self._queue.append(item)
             self._queued_bytes += size
             self._changed.notify_all()
         self._given += 1
         due = self._given - ahead
-        self._changed.wait_for(lambda: self._done >= due or self._failure is not None)
+        self._wait_for(lambda: self._done >= due or self._failure is not None)
         if self._failure is not None and self._failed_at < due:
             raise self._failure
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        """For the recorder's thread, which may be long over a step where the disk is slow."""
+        wait_for_thread(self._thread, lambda: self._changed.wait_for(condition))
 
     @property
     def _idle(self) -> bool:

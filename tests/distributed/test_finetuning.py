@@ -1,9 +1,12 @@
 """Fine-tuning runs: resumption after a kill, in the same and in another layout."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from nemo_qwen_hidden import finetuning
+from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.config import (
     CaptureSettings,
     FinetuneSettings,
@@ -24,15 +28,19 @@ from nemo_qwen_hidden.config import (
 )
 from nemo_qwen_hidden.conversion import convert
 from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
-from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
+from nemo_qwen_hidden.parallel.watch import Limits
 from nemo_qwen_hidden.store.format import MARKER
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob, prepare
 from nemo_qwen_hidden.training.started import fit_started
 from tests.conftest import Start
+from tests.parallel.helpers import all_end
+from tests.recipes.commands import free_port, under_torchrun
 from tests.support.models import relative_error
 
 STATES = "states"
+LONG_SECS = 300.0
 TRAIN = TrainSettings(
     max_steps=8,
     lr=1e-3,
@@ -159,9 +167,106 @@ def test_a_checkpoint_that_a_crash_cut_off_is_none(tmp_path: Path) -> None:
     (mark := checkpoint.with_name("step=5-last-unfinished")).touch()
     job = job_at(tmp_path / "run")
     assert job.begun and job.checkpoints == [checkpoint]
-    finetuning.tidy(job)
+    with finetuning.locked(job):
+        pass
     assert checkpoint.is_dir() and not mark.exists() and job.unfinished == []
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["step=2-last"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock
+from nemo_qwen_hidden.training.job import RUN
+folder = Path(sys.argv[2])
+with job_lock(folder, of=RUN) if sys.argv[1] == "job" else rank_lock(folder, of=RUN):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def finetune(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What the command says, which is refused."""
+    assert main(["finetune", "--quiet", f"run.path={folder}", "parallel.tp=2"]) == 2
+    return capfd.readouterr().err.splitlines()
+
+
+def test_a_folder_where_a_run_works_is_refused(
+    tmp_path: Path, start_python: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said by one rank; who holds it, or held it and is not gone yet, is named; a process that was killed holds
+    nothing."""
+    (folder := tmp_path / "run").mkdir()
+    checkpoint = folder / CHECKPOINTS / "step=5-last"
+    checkpoint.mkdir(parents=True)
+    (mark := checkpoint.with_name("step=5-last-unfinished")).touch()
+    holder = start_python(HOLDS, "job", folder)
+    assert holder.stdout.readline() == "held\n"
+    by = f"process {holder.pid} on {socket.gethostname()}, since "
+    refused = f"nemo-qwen-hidden: `run.path` must be a folder that no other run is working on; {by}"
+    (said,) = finetune(folder, capfd)
+    assert said.startswith(refused)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    (said,) = finetune(folder, capfd)
+    assert said.startswith(refused)
+    assert mark.exists()
+    orphan = start_python(HOLDS, "rank", folder)
+    assert orphan.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(finetuning, "job_lock", partial(finetuning.job_lock, patience_secs=0.1))
+    (said,) = finetune(folder, capfd)
+    assert f"no rank writes to; one of an earlier run does (process {orphan.pid} on" in said
+    orphan.kill()
+    orphan.wait()
+    with finetuning.locked(job_at(folder)):
+        assert not mark.exists()
+
+
+def hang_under_torchrun(rank: Rank, job: FinetuningJob, port: int) -> None:
+    """As rank of torchrun's; the last one is frozen in the second step."""
+    import lightning.pytorch as pl
+
+    from nemo_qwen_hidden.cli import finetune
+    from nemo_qwen_hidden.cli.terminal import Terminal
+    from nemo_qwen_hidden.parallel import peers
+    from nemo_qwen_hidden.training import run
+
+    class Freezer(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and rank.rank == rank.world - 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    rank.send(os.getpid())
+    os.environ |= under_torchrun(rank, port)
+    terminal = mock.Mock(spec=Terminal, error=rank.send)
+    watched = partial(peers.watched, limits=Limits(beat_secs=0.5, silent_secs=10.0, still_secs=LONG_SECS))
+    with (
+        mock.patch.object(run, "_watchers", lambda job: [Freezer()]),
+        mock.patch.object(peers, "watched", watched),
+    ):
+        finetune._be_a_rank(job, terminal, finetune._Teller(terminal))
+
+
+def test_under_torchrun_a_frozen_rank_ends_all(tmp_path: Path, start_ranks: Start) -> None:
+    """Said once, by another rank, through what torchrun's ranks share; the starter of the test's ranks is patient."""
+    heard: list[Any] = []
+    job = job_at(tmp_path / "run", tp=2)
+    with pytest.raises(RankError, match=r"ended without a word|was ended by SIGKILL"):
+        run_ranks(
+            hang_under_torchrun,
+            (job, free_port()),
+            world=2,
+            log=tmp_path / "ranks.log",
+            on_event=lambda _, event: heard.append(event),
+        )
+    pids, said = [[event for event in heard if isinstance(event, kind)] for kind in (int, str)]
+    assert len(pids) == 2 and all_end(pids)
+    assert len(said) == 2 and re.match(r"rank 1 has shown no sign of life for \d+ s \(more in ", said[0])
+    assert said[1] == f"no checkpoint is left at {job.run_path}"
+    with finetuning.locked(job):  # nobody holds it any more
+        pass
 
 
 def test_a_run_begins_with_a_store_of_its_own(tmp_path: Path) -> None:
