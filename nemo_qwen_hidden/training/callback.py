@@ -122,12 +122,15 @@ class HiddenStatesCallback(Callback, IOMixin):
         if _phase(trainer) is not None:
             self._running(trainer).consumed[VALIDATION] = 0
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands on what was captured of the validation."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hands on what was captured of the validation; before a checkpoint that comes after it."""
         if _phase(trainer) is not None:
             self._hand_on()
-            if trainer.state.fn == TrainerFn.VALIDATING:
-                self._end()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the store of a validation alone. Collective over all ranks, then."""
+        if _phase(trainer) is not None and trainer.state.fn == TrainerFn.VALIDATING:
+            self._end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What a resumed run will not do again is durable before its checkpoint is there. Collective over all ranks."""
@@ -156,6 +159,8 @@ class HiddenStatesCallback(Callback, IOMixin):
         if not isinstance(step.data, Iterator):
             raise ConfigError("the data of a step", "must be an iterator over batches", type(step.data).__name__)
         fit = self._running(step.trainer)
+        if phase == VALIDATION and fit.recorder is not None and fit.recorder.found(phase, number):
+            return step  # Lightning's own loop does it again where the checkpoint came before it; NeMo's does not
         if fit.gathered is None:
             fit.gathered = StepInProgress(
                 phase,
@@ -208,7 +213,7 @@ class HiddenStatesCallback(Callback, IOMixin):
         observer = Observer(chunks, groups, stages=live_stages(trainer), capture=capture)
         recorder, to = None, self._to
         if not callable(to):
-            recorder = self._recorder(Path(to), chunks[0].config, points, groups, trainer.global_step)
+            recorder = self._recorder(Path(to), chunks[0].config, points, groups, trainer)
             to = recorder.put
         self._fit = _Fit(
             observer=observer,
@@ -221,12 +226,20 @@ class HiddenStatesCallback(Callback, IOMixin):
         return self._fit
 
     def _recorder(
-        self, folder: Path, config: Any, points: Sequence[HookPoint], groups: ProcessGroups, step: int
+        self, folder: Path, config: Any, points: Sequence[HookPoint], groups: ProcessGroups, trainer: Trainer
     ) -> Recorder:
-        """A run that begins drops nothing of a store that is there, which is then refused."""
+        """A run that begins drops nothing of a store that is there, which is then refused. One that is resumed keeps the
+        validation before its first step, which was of the same weights."""
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
         what = describe(config, points, groups, work="training", compute=compute, stored=self._dtype or compute)
-        return Recorder(folder, what, groups, resume_at=step or None, nonfinite=self._nonfinite)
+        return Recorder(
+            folder,
+            what,
+            groups,
+            resume_at=trainer.global_step or None,
+            staying=(VALIDATION,) if trainer.state.fn == TrainerFn.FITTING else (),
+            nonfinite=self._nonfinite,
+        )
 
     def _hand_on(self) -> None:
         fit = self._fit

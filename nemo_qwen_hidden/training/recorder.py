@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
@@ -29,7 +29,7 @@ from nemo_qwen_hidden.parallel.agree import gather_values, on_every_rank, on_ran
 from nemo_qwen_hidden.parallel.groups import CONTROL_TIMEOUT_DAYS, ProcessGroups
 from nemo_qwen_hidden.parallel.watch import wait_for_thread
 from nemo_qwen_hidden.plan.slices import Run
-from nemo_qwen_hidden.store.captured import CapturedStep, consecutive
+from nemo_qwen_hidden.store.captured import CapturedStep, captured_steps, consecutive
 from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.format import MARKER, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
@@ -111,7 +111,7 @@ class Recorder:
     Args:
         path: the store's folder, which all ranks see. what: the store without parts, see ``describe``; rank 0's counts.
         groups: of the training run; their ranks are asked, their groups are not used. resume_at: steps from this one
-            on are dropped, since the run does them again. queue_bytes: of states that wait; ``put`` blocks beyond it,
+            on are dropped, since the run does them again, but that of the ``staying`` phases. queue_bytes: of states that wait; ``put`` blocks beyond it,
             or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next step makes all durable, so that a
             power cut costs at most the work of that long. nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
 
@@ -127,6 +127,7 @@ class Recorder:
         groups: ProcessGroups,
         *,
         resume_at: int | None = None,
+        staying: Collection[str] = (),
         shard_rows: int = SHARD_ROWS,
         queue_bytes: int = QUEUE_BYTES,
         commit_secs: float = COMMIT_SECS,
@@ -139,7 +140,7 @@ class Recorder:
         self._files: StepFiles | None = None
 
         def begin() -> tuple[Manifest, str]:
-            self._store = GrowingStore(path, what, resume_at=resume_at, shard_rows=shard_rows)
+            self._store = GrowingStore(path, what, resume_at=resume_at, staying=staying, shard_rows=shard_rows)
             return self._store.manifest, _digest(path)
 
         try:
@@ -148,6 +149,7 @@ class Recorder:
         except BaseException:
             self._release()
             raise
+        self._found = {(step.phase, step.step) for _, step in captured_steps(begun.parts, str(path))}
         self._committed = -math.inf
         self._late: BaseException | None = None
         self._changed = threading.Condition()
@@ -157,6 +159,10 @@ class Recorder:
         self._failed_at = 0
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
+
+    def found(self, phase: str, step: int) -> bool:
+        """Whether the store held a step when it was opened."""
+        return (phase, step) in self._found
 
     def put(self, states: StepStates) -> None:
         """Takes what this rank has of a step, whose tensors are not to be changed afterwards. Every rank puts the same

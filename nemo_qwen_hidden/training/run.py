@@ -30,6 +30,7 @@ from nemo_qwen_hidden.training.job import CHECKPOINTS, RUN, FinetuningJob
 from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
 from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+from nemo_qwen_hidden.training.rates import Lengthening
 from nemo_qwen_hidden.training.strategy import megatron_strategy
 
 
@@ -53,13 +54,13 @@ def fit(
     torch.set_num_threads(job.settings.runtime.threads or fair_threads(job.topology.world))
     pl.seed_everything(job.settings.train.seed)
     pulse = pulse or Pulse()
-    progress = _Progress(job, report, pulse)
+    progress, longer = _Progress(job, report, pulse), Lengthening(job.settings.train.max_steps, report)
     (job.run_path / RUN.locks).mkdir(parents=True, exist_ok=True)
     with rank_lock(job.run_path, of=RUN), pulse.running():
         llm.train(
             model=_model(job),
             data=TextData(job),
-            trainer=_trainer(job, [progress, *_watchers(job)], rendezvous),
+            trainer=_trainer(job, [progress, longer, *_watchers(job)], rendezvous),
             log=_logger(job),
             resume=nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True),
         )

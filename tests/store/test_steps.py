@@ -158,6 +158,19 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
         open_store(tmp_path / "store")
 
 
+@pytest.mark.parametrize("phases", [("validation",), ("validation", "train")])
+def test_a_resumed_run_keeps_what_it_does_not_do_again(tmp_path: Path, phases: tuple[str, ...]) -> None:
+    steps = [("train", 0), ("validation", 1), ("train", 1), ("validation", 2), ("train", 2), ("validation", 3)]
+    grow(tmp_path / "store", steps)
+    kept = grow(tmp_path / "store", [], resume_at=2, staying=phases)
+    stays = 5 if "train" in phases else 4
+    assert [(part.data["phase"], part.data["step"]) for part in kept.parts] == steps[:stays]
+    grow(tmp_path / "store", steps[stays:], resume_at=3)
+    grow(tmp_path / "whole", steps)
+    resumed, whole = open_store(tmp_path / "store").manifest, open_store(tmp_path / "whole").manifest
+    assert without_producers(resumed) == without_producers(whole)
+
+
 def test_the_store_is_whole_while_it_grows(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with GrowingStore(path, description(), shard_rows=SHARD_ROWS) as store:
