@@ -228,8 +228,8 @@ class HiddenStatesCallback(Callback, IOMixin):
     def _recorder(
         self, folder: Path, config: Any, points: Sequence[HookPoint], groups: ProcessGroups, trainer: Trainer
     ) -> Recorder:
-        """A run that begins drops nothing of a store that is there, which is then refused. One that is resumed keeps the
-        validation before its first step, which was of the same weights."""
+        """A run that begins drops nothing of a store that is there, which is then refused. One that is resumed keeps
+        the validation before its first step, which was of the same weights."""
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
         what = describe(config, points, groups, work="training", compute=compute, stored=self._dtype or compute)
         return Recorder(

@@ -22,8 +22,8 @@ class Checkpoints(ModelCheckpoint):
     """NeMo's callback, which ends every run with a checkpoint, and puts one after the validation of the same step.
 
     NeMo 2.7.3 makes no last one where validation follows the last step
-    (``lightning/pytorch/callbacks/model_checkpoint.py:384``). It writes one that is due before the validation, and takes
-    it for one from after it when it resumes, so that a validation which a crash has cut off would be left out
+    (``lightning/pytorch/callbacks/model_checkpoint.py:384``). It writes one that is due before the validation, and
+    takes it for one from after it when it resumes, so that a validation which a crash has cut off would be left out
     (``NoValOnRestartTrainingLoop`` in ``lightning/pytorch/trainer.py:27``).
     """
 

@@ -10,9 +10,9 @@ from nemo_qwen_hidden.progress import Phase, TrainingReport
 class Lengthening(Callback):
     """Gives a resumed run the learning rates of ``max_steps`` steps, from the step that it resumes at on.
 
-    A checkpoint has the scheduler's own length (``load_state_dict`` of torch's ``LRScheduler`` takes all that is in it),
-    after which NeMo's schedule stays at its least rate (``core/optim/lr_scheduler.py:355`` of 2.7.3), and the optimizer's
-    rate for the next step. Both are set here; NeMo's schedule is a function of the step and the length alone.
+    A checkpoint has the scheduler's own length (``load_state_dict`` of torch's ``LRScheduler`` takes all that is in
+    it), after which NeMo's schedule stays at its least rate (``core/optim/lr_scheduler.py:355`` of 2.7.3), and the
+    optimizer's rate for the next step. Both are set here; the schedule is a function of the step and the length alone.
     """
 
     def __init__(self, max_steps: int, report: TrainingReport) -> None:

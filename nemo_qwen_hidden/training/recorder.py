@@ -111,9 +111,10 @@ class Recorder:
     Args:
         path: the store's folder, which all ranks see. what: the store without parts, see ``describe``; rank 0's counts.
         groups: of the training run; their ranks are asked, their groups are not used. resume_at: steps from this one
-            on are dropped, since the run does them again, but that of the ``staying`` phases. queue_bytes: of states that wait; ``put`` blocks beyond it,
-            or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next step makes all durable, so that a
-            power cut costs at most the work of that long. nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
+            on are dropped, since the run does them again, but that of the ``staying`` phases. queue_bytes: of states
+            that wait; ``put`` blocks beyond it, or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next
+            step makes all durable, so that a power cut costs at most the work of that long. nonfinite: ``refuse`` or
+            ``keep`` infinite values and NaN.
 
     Raises:
         StoreError: the folder cannot be the store of this run, or some rank does not see it.

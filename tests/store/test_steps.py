@@ -86,7 +86,7 @@ def test_views_of_a_step_do_what_views_of_a_store_do(tmp_path: Path) -> None:
     view, entry = store.at(step=1, phase="train"), store.steps[1]
     statistics, stored = view["embed"].statistics(), view["embed"][:]
     assert torch.equal(stored, store["embed"][entry.states])
-    assert statistics.rows == view.states
+    assert statistics.rows == view.states and statistics.max_abs_state == int(stored.abs().amax(dim=1).argmax())
     np.testing.assert_allclose(statistics.mean, stored.double().mean(dim=0), atol=1e-9)
     assert torch.equal(view["embed"].standardized()[2:4], view["embed"].standardized()[:][2:4])
     assert view["embed"].float()[[True] * view.states].shape == (view.states, 6)
