@@ -26,8 +26,9 @@ from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stag
 from nemo_qwen_hidden.training.description import describe
 from nemo_qwen_hidden.training.gathering import StepInProgress
 from nemo_qwen_hidden.training.observer import Observer
-from nemo_qwen_hidden.training.recorder import ROW_STRIDE, Recorder, StepStates
+from nemo_qwen_hidden.training.recorder import Recorder
 from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION, Samples, Schedule
+from nemo_qwen_hidden.training.step_states import ROW_STRIDE, StepStates
 
 StepSink = Callable[[StepStates], None]
 """Called on every rank for each captured step, with what this rank has of it."""
