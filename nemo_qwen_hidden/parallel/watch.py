@@ -221,7 +221,7 @@ class Observer:
             for who, work in seen.work.items()
         )
         starved = seen.queued_secs - last.queued_secs > STARVED_SHARE * secs
-        moved = worked or starved or seen.mark != last.mark or seen.waits_for_disk
+        moved = worked or starved or seen.mark != last.mark or seen.wants
         self._still_secs = 0.0 if moved else self._still_secs + secs
         self._seen = seen
         frames = sys._current_frames()
@@ -241,7 +241,7 @@ class Observer:
             now=self._clock.now(),
             work=work,
             queued_secs=_queued_secs(self._task),
-            waits_for_disk=any(map(_waits_for_disk, (TASKS, *(PROCESSES / str(pid) / "task" for pid in children)))),
+            wants=_in_state("D", TASKS) or any(_in_state("DR", PROCESSES / str(pid) / "task") for pid in children),
             mark=self._pulse.mark,
         )
 
@@ -258,12 +258,13 @@ class _Work:
 class _Seen:
     """work: of the main thread (0, with the bytes of the whole process), of the thread that it waits for, and of
     processes that this one has started, by their numbers. queued_secs: in which the main thread was ready to compute
-    without a processor, since it started. waits_for_disk: whether any thread of these processes does."""
+    without a processor, since it started. wants: whether any thread of this process waits for a disk, or one of the
+    other processes for a disk or a processor."""
 
     now: float
     work: Mapping[int, _Work]
     queued_secs: float
-    waits_for_disk: bool
+    wants: bool
     mark: tuple[float, bool]
 
 
@@ -311,11 +312,11 @@ def _queued_secs(task: Path) -> float:
     return int(queued_ns) / 1e9
 
 
-def _waits_for_disk(tasks: Path) -> bool:
-    """Whether any thread of a process does (state D of proc(5))."""
+def _in_state(states: str, tasks: Path) -> bool:
+    """Whether any thread of a process is in one of these (proc(5)): D waits for a disk, R is ready to compute."""
     for stat in tasks.glob("*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            if stat.read_text().rpartition(")")[2].split()[0] == "D":
+            if stat.read_text().rpartition(")")[2].split()[0] in states:
                 return True
     return False
 

@@ -194,7 +194,15 @@ def test_progress_of_any_thread_is_no_standing_still(clock: Time) -> None:
 
 @pytest.mark.parametrize(
     ("which", "state", "still"),
-    [("main", "D", 0.0), ("helper", "D", 0.0), ("main", "S", 2.0), ("helper", "R", 2.0), ("child", "D", 0.0)],
+    [
+        ("main", "D", 0.0),
+        ("helper", "D", 0.0),
+        ("child", "D", 0.0),
+        ("child", "R", 0.0),
+        ("main", "S", 2.0),
+        ("helper", "R", 2.0),
+        ("child", "S", 2.0),
+    ],
 )
 def test_waiting_for_a_disk_is_no_standing_still(
     clock: Time, tasks: dict[str, Path], which: str, state: str, still: float
