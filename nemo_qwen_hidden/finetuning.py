@@ -1,17 +1,20 @@
 """The fine-tuning command's wiring: what a run is, and what it has come to.
 
-Two steps, so that whoever starts the ranks can stand between them: ``prepare`` (one process: what there is to do) and
-``training.run.fit`` (every rank).
+Three steps, so that whoever starts the ranks can stand between them: ``prepare`` (what there is to do), ``locked`` (one
+process, as long as the run lasts) and ``training.run.fit`` (every rank).
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_qwen_hidden.config import FinetuneSettings
 from nemo_qwen_hidden.errors import ConfigError
-from nemo_qwen_hidden.parallel.launch import has_gpus, is_first_rank
+from nemo_qwen_hidden.parallel.launch import has_gpus
 from nemo_qwen_hidden.progress import TrainingStep
+from nemo_qwen_hidden.store.write.locks import job_lock
 from nemo_qwen_hidden.training import job as jobs
 from nemo_qwen_hidden.training.job import FinetuningJob
 
@@ -39,22 +42,38 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     return job
 
 
-def tidy(job: FinetuningJob) -> None:
-    """Makes the run's folder; the first rank takes away checkpoints that a crash has cut off, since NeMo does not start
-    where there is one. Before anything else touches the folder.
+def make_folder(job: FinetuningJob) -> None:
+    """Makes the run's folder, beside which its log lies.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: it cannot be made.
     """
     try:
         job.run_path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         rule = f"must be a folder that can be made ({error.strerror})"
         raise ConfigError("run.path", rule, str(job.run_path)) from error
-    for checkpoint in job.unfinished if is_first_rank() else ():
-        if checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
-        checkpoint.with_name(f"{checkpoint.name}{jobs.UNFINISHED}").unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(job: FinetuningJob) -> Iterator[None]:
+    """While entered, which one process does for all ranks before they touch the run's folder, no other run works in it.
+    Takes away checkpoints that a crash has cut off, since NeMo does not start where there is one.
+
+    Raises:
+        ConfigError: another run works in the folder, and says who; or the folder cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(job_lock(job.run_path, of=jobs.RUN))
+            for checkpoint in job.unfinished:
+                if checkpoint.is_dir():
+                    shutil.rmtree(checkpoint)
+                checkpoint.with_name(f"{checkpoint.name}{jobs.UNFINISHED}").unlink(missing_ok=True)
+        except OSError as error:
+            rule = f"must be a folder that can be written ({error.strerror})"
+            raise ConfigError("run.path", rule, str(job.run_path)) from error
+        yield
 
 
 def outcome(job: FinetuningJob, last: TrainingStep | None) -> Outcome:

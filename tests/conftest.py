@@ -1,7 +1,8 @@
 """Fixtures that all rooms share."""
 
 import os
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,25 @@ def start_ranks(tmp_path: Path) -> Start:
         return run_ranks(target, args, world=world, log=tmp_path / "ranks.log")
 
     return start
+
+
+@pytest.fixture
+def start_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts ``code`` in a process of its own, with pipes; it is ended and waited for after the test."""
+    from tests.store.helpers import python_command
+
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
+        command, environment = python_command(code, *arguments)
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

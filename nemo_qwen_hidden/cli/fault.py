@@ -4,10 +4,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_qwen_hidden.cli.terminal import Terminal
 from nemo_qwen_hidden.errors import USER_ERROR, HiddenStatesError, PeerError, UserError, status_of
 from nemo_qwen_hidden.parallel import launch
+
+if TYPE_CHECKING:
+    from nemo_qwen_hidden.parallel.peers import Meeting
 
 
 def fault_line(error: Exception, log: Path) -> str:
@@ -38,16 +42,15 @@ def saying_at_once(terminal: Terminal, log: Path, left: Callable[[], str] | None
 
 
 @contextmanager
-def one_says() -> Iterator[None]:
-    """Of an error that several ranks of torchrun's run into, one is left to be said."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from nemo_qwen_hidden.parallel.peers import first_to_fail
+def one_says(meeting: "Meeting | None" = None) -> Iterator[None]:
+    """Of an error that several ranks of torchrun's run into, one is left to be said. meeting: of the ranks; None: they
+    are torch.distributed's default group."""
+    from nemo_qwen_hidden.parallel.peers import first_to_fail, met
 
     try:
         yield
     except UserError as error:
-        if not first_to_fail(_get_default_store()):
+        if not first_to_fail((meeting or met()).store):
             raise PeerError(USER_ERROR) from error
         raise
     except RuntimeError as error:

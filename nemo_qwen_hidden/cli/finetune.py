@@ -1,13 +1,15 @@
 """``nemo-qwen-hidden finetune``: a run on ranks that it starts itself, or as one of those that torchrun started."""
 
 import argparse
+from contextlib import ExitStack
 
 from nemo_qwen_hidden import finetuning
-from nemo_qwen_hidden.cli.fault import fault_line, saying_at_once
+from nemo_qwen_hidden.cli.fault import fault_line, one_says, saying_at_once
 from nemo_qwen_hidden.cli.terminal import Terminal, human
-from nemo_qwen_hidden.errors import USER_ERROR, PeerError, RankError, UserError
+from nemo_qwen_hidden.errors import RankError, UserError
 from nemo_qwen_hidden.finetuning import Outcome
 from nemo_qwen_hidden.parallel import launch
+from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, TrainingStep
 from nemo_qwen_hidden.training.job import FinetuningJob
 
@@ -38,7 +40,7 @@ def _start_ranks(job: FinetuningJob, teller: "_Teller") -> None:
     from nemo_qwen_hidden.training.started import fit_started
 
     try:
-        with launch.one_interrupt(), launch.output_to(job.log_path):
+        with launch.one_interrupt(), launch.output_to(job.log_path), finetuning.locked(job):
             teller(Phase("starting ranks"))
             launch.run_ranks(
                 fit_started,
@@ -56,36 +58,32 @@ def _start_ranks(job: FinetuningJob, teller: "_Teller") -> None:
 
 
 def _be_a_rank(job: FinetuningJob, terminal: Terminal, teller: "_Teller") -> None:
-    with launch.output_to(job.log_path), saying_at_once(terminal, job.log_path, lambda: _left(job)):
-        from nemo_qwen_hidden.training.run import fit
+    with launch.output_to(job.log_path), ExitStack() as lock:
+        if launch.is_first_rank():  # for all: where ranks meet, the others wait for it
+            with saying_at_once(terminal, job.log_path):
+                lock.enter_context(finetuning.locked(job))
+        with saying_at_once(terminal, job.log_path, lambda: _left(job)):
+            _fit(job, terminal, teller)
 
+
+def _fit(job: FinetuningJob, terminal: Terminal, teller: "_Teller") -> None:
+    """As a rank of torchrun's. Collective over all ranks, which watch each other."""
+    from nemo_qwen_hidden.parallel.peers import meet, watched
+    from nemo_qwen_hidden.training.run import fit
+
+    def say(fault: str) -> None:
+        terminal.error(f"{fault} (more in {job.log_path})")
+        terminal.error(_left(job))
+
+    pulse, meeting = Pulse(), meet()
+    said = saying_at_once(terminal, job.log_path, lambda: _left(job))
+    with watched(pulse, say, meeting=meeting), said, one_says(meeting):
         try:
-            fit(job, report=teller)
-        except RuntimeError as error:
-            if launch.is_lost_peer(error):
-                raise PeerError from error
-            raise
-        except UserError as error:
-            if not _says():
-                raise PeerError(USER_ERROR) from error
-            raise
+            fit(job, report=teller, pulse=pulse, rendezvous=meeting.store)
         except SystemExit as end:  # Lightning's answer to an interrupt (trainer/call.py of 2.4)
             if isinstance(end.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from end
             raise
-
-
-def _says() -> bool:
-    """Whether this rank of torchrun's is the one to say what went wrong: the first that came upon it, and before ranks
-    know each other the first of each machine, since all find the same then."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    from nemo_qwen_hidden.parallel.peers import first_to_fail
-
-    if not dist.is_initialized():
-        return launch.is_first_of_machine()
-    return first_to_fail(_get_default_store())
 
 
 def _left(job: FinetuningJob) -> str:

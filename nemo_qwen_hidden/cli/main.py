@@ -321,7 +321,7 @@ def _finetune(parsed: argparse.Namespace) -> int:
     with _one_of_a_machine_says():
         settings = compose_finetuning(parsed.overrides, config=parsed.config)
         job = finetuning.prepare(settings, world=launched_world())
-        finetuning.tidy(job)
+        finetuning.make_folder(job)
     return finetune.run(parsed, job)
 
 

@@ -96,6 +96,24 @@ def process_groups(
         dist.destroy_process_group()
 
 
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """While entered, the ranks that a launcher has started are torch.distributed's default group, and nothing more:
+    NeMo's strategy goes on from there (``lightning/pytorch/strategies/megatron_strategy.py:626`` of 2.7.3). Collective
+    over all ranks.
+
+    Raises:
+        ConfigError: there are more ranks on a machine than it has GPUs.
+    """
+    if torch.cuda.is_available():
+        _choose_device(launched_local_rank() or 0)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def _choose_device(local_rank: int) -> None:
     if local_rank >= torch.cuda.device_count():
         rule = f"must ask for at most as many ranks on a machine as it has GPUs ({torch.cuda.device_count()})"

@@ -15,12 +15,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from nemo_qwen_hidden.parallel.launch import launched_local_rank
 from nemo_qwen_hidden.parallel.watch import (
@@ -43,6 +44,26 @@ Say = Callable[[str], None]
 Process = tuple[str, int]  # the name of its machine and its number there
 
 
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where ranks meet, and which of how many this one is."""
+
+    store: Store
+    rank: int
+    world: int
+
+
+def meet() -> Meeting:
+    """Of the ranks that a launcher has started, before they are a process group; that may be made with its store."""
+    store, rank, world = next(rendezvous("env://"))
+    return Meeting(store=store, rank=rank, world=world)
+
+
+def met() -> Meeting:
+    """Of the ranks of torch.distributed's default group."""
+    return Meeting(store=_get_default_store(), rank=dist.get_rank(), world=dist.get_world_size())
+
+
 def first_to_fail(store: Store) -> bool:
     """Whether no other rank has asked this before: of several that fail, one says why. Not by a collective: others may
     be gone, or wait in another.
@@ -54,11 +75,12 @@ def first_to_fail(store: Store) -> bool:
 
 
 @contextmanager
-def watched(pulse: Pulse, say: Say, limits: Limits = LIMITS) -> Iterator[None]:
-    """While entered on every rank of torch.distributed's default group, a rank that is frozen or stands still for
-    longer than ``limits`` allow ends all of them with status 1; one of them calls ``say`` with the reason, in a thread.
+def watched(pulse: Pulse, say: Say, limits: Limits = LIMITS, *, meeting: Meeting | None = None) -> Iterator[None]:
+    """While entered on every rank of ``meeting``, or else of torch.distributed's default group, a rank that is frozen
+    or stands still for longer than ``limits`` allow ends all of them with status 1; one of them calls ``say`` with the
+    reason, in a thread.
     """
-    watch = _Watch(pulse, say, limits)
+    watch = _Watch(pulse, say, limits, meeting or met())
     threads = [threading.Thread(target=run, daemon=True) for run in (watch.talk, watch.guard)]
     for thread in threads:
         thread.start()
@@ -71,10 +93,10 @@ def watched(pulse: Pulse, say: Say, limits: Limits = LIMITS) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, pulse: Pulse, say: Say, limits: Limits) -> None:
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+    def __init__(self, pulse: Pulse, say: Say, limits: Limits, meeting: Meeting) -> None:
+        self._rank, self._world = meeting.rank, meeting.world
         # A connection of its own: operations on one wait for each other.
-        self._store = _get_default_store().clone()  # type: ignore[attr-defined]
+        self._store = meeting.store.clone()  # type: ignore[attr-defined]
         self._observer, self._say, self._limits = Observer(pulse, limits), say, limits
         self._judged = range(self._world) if self._rank == 0 else range(1)
         self._signs = Signs(self._judged, limits)

@@ -6,6 +6,7 @@ starter, ``peers`` through the store of torch.distributed. No torch here: the st
 """
 
 import math
+import os
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 BEAT_SECS = 2.0
 SILENT_SECS = 40.0
@@ -24,7 +25,12 @@ BUSY_SHARE = 0.01
 STARVED_SHARE = 0.5
 """Of the time: a main thread that is ready for longer, and gets no processor, does not stand still."""
 DOUBTFUL_BEATS = 3
-TASKS = Path("/proc/self/task")
+PROCESSES, TASKS = Path("/proc"), Path("/proc/self/task")
+MESSAGES = ("torch.distributed", "megatron.core")
+"""Packages whose code, where a thread stands still in it, waits for a message: Megatron calls ``wait`` of a ``Work``,
+which has no frame, from its own (``core/pipeline_parallel/p2p_communication.py``)."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +166,8 @@ class Pulse:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While entered, which the main thread does, that thread may not stand still. Not for what waits for a disk and
-        cannot call ``progressed`` meanwhile: loading a model, syncing files."""
+        """While entered, which the main thread does, that thread may not stand still: neither compute, nor wait for a
+        disk, nor for another thread (by ``wait_for_thread``) or a process of its own that does."""
         self._running = True
         self.progressed()
         try:
@@ -187,6 +193,12 @@ def wait_for_peer(work: Waitable) -> None:
     work.wait()
 
 
+def wait_for_thread(thread: threading.Thread, wait: Callable[[], T]) -> T:
+    """``wait()``, which returns when ``thread`` has done something: in a function of its own, whose frame tells that
+    what counts meanwhile is what that thread does."""
+    return wait()
+
+
 class Observer:
     """Makes the beats of this process's main thread, from another thread."""
 
@@ -200,35 +212,95 @@ class Observer:
         self._still_secs = 0.0
 
     def beat(self) -> Beat:
-        """What the main thread does now, and has done since the last call."""
+        """What the main thread does now, and has done since the last call; where it waits for another thread, what that
+        one does."""
         last, seen = self._seen, self._look()
         secs = seen.now - last.now
-        computed = seen.cpu_secs - last.cpu_secs > BUSY_SHARE * secs
+        worked = seen.work.keys() != last.work.keys() or any(
+            work.cpu_secs - last.work[who].cpu_secs > BUSY_SHARE * secs or work.disk_bytes != last.work[who].disk_bytes
+            for who, work in seen.work.items()
+        )
         starved = seen.queued_secs - last.queued_secs > STARVED_SHARE * secs
-        moved = computed or starved or seen.mark != last.mark or _waits_for_disk()
+        moved = worked or starved or seen.mark != last.mark or seen.wants
         self._still_secs = 0.0 if moved else self._still_secs + secs
         self._seen = seen
-        frame = sys._current_frames()[self._main]
+        frames = sys._current_frames()
+        helper = _helper(frames[self._main])
+        frame = frames.get(helper.ident or 0, frames[self._main]) if helper is not None else frames[self._main]
         _, running = seen.mark
         return Beat(running=running, still_secs=self._still_secs, waits=_waits(frame), where=_where(frame))
 
     def _look(self) -> "_Seen":
+        children = _descendants()
+        work = {pid: _work_of(PROCESSES / str(pid)) for pid in children}
+        work[0] = _Work(cpu_secs=time.clock_gettime(self._cpu_clock), disk_bytes=_disk_bytes(TASKS.parent))
+        helper = _helper(sys._current_frames()[self._main])
+        if helper is not None and helper.native_id is not None:
+            work[helper.native_id] = _Work(cpu_secs=_cpu_secs(TASKS / str(helper.native_id)), disk_bytes=0)
         return _Seen(
             now=self._clock.now(),
-            cpu_secs=time.clock_gettime(self._cpu_clock),
+            work=work,
             queued_secs=_queued_secs(self._task),
+            wants=_in_state("D", TASKS) or any(_in_state("DR", PROCESSES / str(pid) / "task") for pid in children),
             mark=self._pulse.mark,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Of a thread or a process, since it started: seconds of computing, and bytes that its disks have read or taken."""
+
+    cpu_secs: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """Of the main thread, since it started: seconds of computing, and of being ready to compute without a processor."""
+    """work: of the main thread (0, with the bytes of the whole process), of the thread that it waits for, and of
+    processes that this one has started, by their numbers. queued_secs: in which the main thread was ready to compute
+    without a processor, since it started. wants: whether any thread of this process waits for a disk, or one of the
+    other processes for a disk or a processor."""
 
     now: float
-    cpu_secs: float
+    work: Mapping[int, _Work]
     queued_secs: float
+    wants: bool
     mark: tuple[float, bool]
+
+
+def _work_of(process: Path) -> _Work:
+    return _Work(cpu_secs=_cpu_secs(process), disk_bytes=_disk_bytes(process))
+
+
+def _cpu_secs(entry: Path) -> float:
+    """Of a process or a thread, from ``stat`` of its folder (proc(5)); 0 where it has just ended."""
+    try:
+        user, system = (entry / "stat").read_text().rpartition(")")[2].split()[11:13]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _disk_bytes(process: Path) -> int:
+    """From ``io`` of its folder (proc(5)); 0 where it has just ended, or the kernel does not count them."""
+    try:
+        lines = (process / "io").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("read_bytes:", "write_bytes:")))
+
+
+def _descendants() -> list[int]:
+    """Processes that this one has started, and those that they have started; none where the kernel does not say it."""
+    found: list[int] = []
+    tasks = [TASKS]
+    while tasks:
+        for file in tasks.pop().glob("*/children"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                children = [int(child) for child in file.read_text().split()]
+                found += children
+                tasks += [PROCESSES / str(child) / "task" for child in children]
+    return found
 
 
 def _queued_secs(task: Path) -> float:
@@ -240,11 +312,11 @@ def _queued_secs(task: Path) -> float:
     return int(queued_ns) / 1e9
 
 
-def _waits_for_disk() -> bool:
-    """Whether any thread of this process does (state D of proc(5))."""
-    for task in TASKS.iterdir():
+def _in_state(states: str, tasks: Path) -> bool:
+    """Whether any thread of a process is in one of these (proc(5)): D waits for a disk, R is ready to compute."""
+    for stat in tasks.glob("*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "D":
+            if stat.read_text().rpartition(")")[2].split()[0] in states:
                 return True
     return False
 
@@ -254,7 +326,15 @@ def _module(frame: FrameType) -> str:
 
 
 def _waits(innermost: FrameType) -> bool:
-    return innermost.f_code is wait_for_peer.__code__ or _module(innermost).startswith("torch.distributed")
+    return innermost.f_code is wait_for_peer.__code__ or _module(innermost).startswith(MESSAGES)
+
+
+def _helper(innermost: FrameType) -> threading.Thread | None:
+    """The thread that is waited for."""
+    frame: FrameType | None = innermost
+    while frame is not None and frame.f_code is not wait_for_thread.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["thread"]
 
 
 def _where(innermost: FrameType) -> str:

@@ -26,8 +26,9 @@ from nemo_qwen_hidden.training.description import adapter_of, describe
 from nemo_qwen_hidden.training.gathering import StepInProgress
 from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.observer import Observer
-from nemo_qwen_hidden.training.recorder import ROW_STRIDE, Recorder, StepStates
+from nemo_qwen_hidden.training.recorder import Recorder
 from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION, Samples, Schedule
+from nemo_qwen_hidden.training.step_states import ROW_STRIDE, StepStates
 
 StepSink = Callable[[StepStates], None]
 """Called on every rank for each captured step, with what this rank has of it."""
@@ -126,12 +127,15 @@ class HiddenStatesCallback(Callback, KeptArguments):
         if _phase(trainer) is not None:
             self._running(trainer).consumed[VALIDATION] = 0
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands on what was captured of the validation."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hands on what was captured of the validation; before a checkpoint that comes after it."""
         if _phase(trainer) is not None:
             self._hand_on()
-            if trainer.state.fn == TrainerFn.VALIDATING:
-                self._end()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the store of a validation alone. Collective over all ranks, then."""
+        if _phase(trainer) is not None and trainer.state.fn == TrainerFn.VALIDATING:
+            self._end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What a resumed run will not do again is durable before its checkpoint is there. Collective over all ranks."""
@@ -160,6 +164,8 @@ class HiddenStatesCallback(Callback, KeptArguments):
         if not isinstance(step.data, Iterator):
             raise ConfigError("the data of a step", "must be an iterator over batches", type(step.data).__name__)
         fit = self._running(step.trainer)
+        if phase == VALIDATION and fit.recorder is not None and fit.recorder.found(phase, number):
+            return step  # Lightning's own loop does it again where the checkpoint came before it; NeMo's does not
         if fit.gathered is None:
             fit.gathered = StepInProgress(
                 phase,
@@ -225,12 +231,19 @@ class HiddenStatesCallback(Callback, KeptArguments):
         return self._fit
 
     def _recorder(self, folder: Path, trainer: Trainer, points: Sequence[HookPoint], groups: ProcessGroups) -> Recorder:
-        """A run that begins drops nothing of a store that is there, which is then refused."""
+        """A run that begins drops nothing of a store that is there, which is then refused. One that is resumed keeps
+        the validation before its first step, which was of the same weights."""
         config = live_chunks(trainer)[0].config
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
         dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
-        what = describe(config, points, groups, work="training", adapter=adapter_of(trainer), **dtypes)
-        return Recorder(folder, what, groups, resume_at=trainer.global_step or None, nonfinite=self._nonfinite)
+        return Recorder(
+            folder,
+            describe(config, points, groups, work="training", adapter=adapter_of(trainer), **dtypes),
+            groups,
+            resume_at=trainer.global_step or None,
+            staying=(VALIDATION,) if trainer.state.fn == TrainerFn.FITTING else (),
+            nonfinite=self._nonfinite,
+        )
 
     def _hand_on(self) -> None:
         fit = self._fit

@@ -197,11 +197,14 @@ class TextData(BlockData):
                 rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut"
                 raise DataError("data.path", f"{rule} ({before})", origin)
             where = f"as the run at {self._job.run_path} was begun"
+            least = f"must be at least {known['max_steps']}, {where}"
+            shorter = train.max_steps < known.pop("max_steps")
             raise_all(
-                [
+                [ConfigError("train.max_steps", least, train.max_steps)] * shorter
+                + [
                     ConfigError(f"train.{name}", f"must be {known.get(name)}, {where}", value)
                     for name, value in schedule.items()
-                    if known.get(name) != value
+                    if name != "max_steps" and known.get(name) != value
                 ]
             )
             if base != known_base:
@@ -218,8 +221,8 @@ def _weights_sha256(job: FinetuningJob) -> str:
 
 
 SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "lora_dim", "seed")
-"""Settings that a run goes on with as it was begun: a checkpoint has the learning rates and what is trained, and the
-order of samples follows from the seed."""
+"""Settings that a run goes on with as it was begun, but that it may become longer: a checkpoint has the learning rates
+and what is trained, and the order of samples follows from the seed."""
 _PURPOSE = {"train": "train with", "validation": "validate with (or none: `train.validation_part` 0)"}
 
 

@@ -18,6 +18,7 @@ from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
+from nemo_qwen_hidden.store.write.locks import Lockable
 from nemo_qwen_hidden.store.write.place import exists
 from nemo_qwen_hidden.topology import Topology, model_problems
 
@@ -29,6 +30,9 @@ DATA, DATA_RECORD = "data", "data.json"
 """Blocks of tokens in the run's folder, and the file beside them that says of what."""
 NEMO_LOGS = ("nemo_log_*.txt", "nemo_error_log.txt", "lightning_logs.txt", "cmd-args.log", "run_[0-9]*")
 """What NeMo 2.7.3 writes into the folder of a run that has not begun, and moves at the next start."""
+
+RUN = Lockable(name="a folder", setting="run.path", locks="locks", error=ConfigError)
+"""The run's folder, where one run works at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +168,7 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
     """NeMo moves whatever it finds in the folder of a run that is begun."""
     if any((run_path / name).exists() for name in (CHECKPOINTS, f"{DATA}/{DATA_RECORD}")) or not run_path.exists():
         return
-    ours = {DATA, "tokenizer", "tensorboard"}
+    ours = {DATA, RUN.locks, "tokenizer", "tensorboard"}
     ours |= {Path(path).name for path in (settings.watch.store, settings.watch.probe_store) if path is not None}
     names = {path.name for path in run_path.iterdir()} - ours
     foreign = sorted(name for name in names if not any(map(partial(fnmatch, name), NEMO_LOGS)))

@@ -19,8 +19,13 @@ class Logger(NeMoLogger):
 
 
 class Checkpoints(ModelCheckpoint):
-    """NeMo's callback, which ends every run with a checkpoint. NeMo 2.7.3 makes none where validation follows the last
-    step (``lightning/pytorch/callbacks/model_checkpoint.py:384``)."""
+    """NeMo's callback, which ends every run with a checkpoint, and puts one after the validation of the same step.
+
+    NeMo 2.7.3 makes no last one where validation follows the last step
+    (``lightning/pytorch/callbacks/model_checkpoint.py:384``). It writes one that is due before the validation, and
+    takes it for one from after it when it resumes, so that a validation which a crash has cut off would be left out
+    (``NoValOnRestartTrainingLoop`` in ``lightning/pytorch/trainer.py:27``).
+    """
 
     _first_step = 0
 
@@ -29,8 +34,24 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """As NeMo's, where no validation follows."""
+        if not _validates(trainer):
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As NeMo's, and what was put off."""
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        super().on_validation_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As NeMo's, and the last step's checkpoint."""
         super().on_train_end(trainer, pl_module)
         if trainer.global_step not in (self._first_step, self._last_global_step_saved):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Whether a validation follows the step that was done."""
+    every = trainer.val_check_interval
+    return trainer.enable_validation and isinstance(every, int) and trainer.global_step % every == 0

@@ -31,8 +31,9 @@ from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stag
 from nemo_qwen_hidden.training.description import adapter_of, decoder_shape, describe
 from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.probe_documents import ProbeDocuments, check_tokens, read_samples
-from nemo_qwen_hidden.training.recorder import Recorder, Sample, StepStates
+from nemo_qwen_hidden.training.recorder import Recorder
 from nemo_qwen_hidden.training.schedule import TRAIN, Schedule
+from nemo_qwen_hidden.training.step_states import Sample, StepStates
 
 BATCH_TOKENS = 4096
 REPEATED = "repeated"

@@ -10,94 +10,30 @@ import hashlib
 import math
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from nemo_qwen_hidden.capture.gather import on_host
-from nemo_qwen_hidden.capture.taps import LocalSlice
 from nemo_qwen_hidden.errors import HiddenStatesError, StoreError, status_of
 from nemo_qwen_hidden.parallel.agree import gather_values, on_every_rank, on_rank_0
 from nemo_qwen_hidden.parallel.groups import CONTROL_TIMEOUT_DAYS, ProcessGroups
-from nemo_qwen_hidden.plan.slices import Run
-from nemo_qwen_hidden.store.captured import CapturedStep, consecutive
+from nemo_qwen_hidden.parallel.watch import wait_for_thread
+from nemo_qwen_hidden.store.captured import CapturedStep, captured_steps, consecutive
 from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.format import MARKER, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.write.step_files import Share, States, StepFiles, StepTarget, check_shares
-from nemo_qwen_hidden.store.write.steps import SHARD_ROWS, GrowingStore, StepDocument
+from nemo_qwen_hidden.store.write.step_files import Share, StepFiles, check_shares
+from nemo_qwen_hidden.store.write.steps import SHARD_ROWS, GrowingStore
+from nemo_qwen_hidden.training.step_states import Sample, StepPlan, StepStates, together
 
-ROW_STRIDE = 2**32
-"""A row of a slice is sample number * ROW_STRIDE + position: ranks do not know how long samples of others are."""
 STEPS_AHEAD = 2
 QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 5.0
 _ENDING_SECS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A sample of a captured step. number: Megatron's own. id: what a store calls it, beneath the step; None: its
-    number. token_ids: int32 [tokens]. source: where it came from; None: the phase. kept: int64, the positions of the
-    tokens whose states are kept, ascending; None: all, of every sample."""
-
-    number: int
-    id: str | None
-    token_ids: NDArray[np.int32]
-    source: str | None = None
-    kept: NDArray[np.int64] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepStates:
-    """What a rank has of one captured step.
-
-    phase: ``train``, ``validation`` or ``probe``. step: optimizer steps that the weights had been given. samples: those
-    of this rank's replica, on one or more of its ranks; others may give (). slices: a run of one begins at row
-    ``sample number * ROW_STRIDE + position``, and none goes beyond its sample.
-    """
-
-    phase: str
-    step: int
-    samples: tuple[Sample, ...]
-    slices: tuple[LocalSlice, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What rank 0 tells all of a step. numbers: of the samples, ascending. first_rows: of each in the step, then their
-    sum. kept: rows of the step that have states, None where all have. sync: whether the step is to be made durable."""
-
-    begun: StepTarget
-    numbers: Sequence[int]
-    first_rows: Sequence[int]
-    kept: NDArray[np.int64] | None
-    sync: bool
-
-    def states_of(self, run: Run) -> Run:
-        """The states of a run of rows."""
-        number, position = divmod(run.first_row, ROW_STRIDE)
-        place = bisect_right(self.numbers, number) - 1
-        first_row = self.first_rows[place] + position
-        if place < 0 or self.numbers[place] != number or first_row + run.length > self.first_rows[place + 1]:
-            rule = f"positions {position} to {position + run.length - 1} of sample {number} were captured"
-            raise HiddenStatesError(f"{rule}, which is not among those that ranks have told of, or not as long")
-        if self.kept is None:
-            first, count = first_row, run.length
-        else:
-            first, stop = np.searchsorted(self.kept, (first_row, first_row + run.length)).tolist()
-            count = stop - first
-        if count != run.kept:
-            raise HiddenStatesError(f"{run.kept} states of sample {number} were captured where {count} are to be kept")
-        return replace(run, first_row=first, length=count, picked=None)
 
 
 class _Flush:
@@ -110,9 +46,10 @@ class Recorder:
     Args:
         path: the store's folder, which all ranks see. what: the store without parts, see ``describe``; rank 0's counts.
         groups: of the training run; their ranks are asked, their groups are not used. resume_at: steps from this one
-            on are dropped, since the run does them again. queue_bytes: of states that wait; ``put`` blocks beyond it,
-            or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next step makes all durable, so that a
-            power cut costs at most the work of that long. nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
+            on are dropped, since the run does them again, but that of the ``staying`` phases. queue_bytes: of states
+            that wait; ``put`` blocks beyond it, or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next
+            step makes all durable, so that a power cut costs at most the work of that long. nonfinite: ``refuse`` or
+            ``keep`` infinite values and NaN.
 
     Raises:
         StoreError: the folder cannot be the store of this run, or some rank does not see it.
@@ -126,6 +63,7 @@ class Recorder:
         groups: ProcessGroups,
         *,
         resume_at: int | None = None,
+        staying: Collection[str] = (),
         shard_rows: int = SHARD_ROWS,
         queue_bytes: int = QUEUE_BYTES,
         commit_secs: float = COMMIT_SECS,
@@ -138,7 +76,7 @@ class Recorder:
         self._files: StepFiles | None = None
 
         def begin() -> tuple[Manifest, str]:
-            self._store = GrowingStore(path, what, resume_at=resume_at, shard_rows=shard_rows)
+            self._store = GrowingStore(path, what, resume_at=resume_at, staying=staying, shard_rows=shard_rows)
             return self._store.manifest, _digest(path)
 
         try:
@@ -147,6 +85,7 @@ class Recorder:
         except BaseException:
             self._release()
             raise
+        self._found = {(step.phase, step.step) for _, step in captured_steps(begun.parts, str(path))}
         self._committed = -math.inf
         self._late: BaseException | None = None
         self._changed = threading.Condition()
@@ -157,6 +96,10 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
+    def found(self, phase: str, step: int) -> bool:
+        """Whether the store held a step when it was opened."""
+        return (phase, step) in self._found
+
     def put(self, states: StepStates) -> None:
         """Takes what this rank has of a step, whose tensors are not to be changed afterwards. Every rank puts the same
         steps in the same order, what it has of them or nothing.
@@ -165,7 +108,7 @@ class Recorder:
             StoreError: of an earlier step: no space is left, or a value is not finite, or the store has the step.
             PeerError: the same on another rank. Both are raised at the same call on all ranks.
         """
-        size = _bytes(states)
+        size = states.nbytes
         with self._changed:
             self._give(states, ahead=STEPS_AHEAD, size=size)
 
@@ -183,7 +126,7 @@ class Recorder:
             self.flush()
             with self._changed:
                 self._give(None, ahead=0)
-            self._thread.join()
+            wait_for_thread(self._thread, self._thread.join)
             assert self._files is not None
             on_every_rank(self._files.close, self._groups, status_of=status_of)
             on_rank_0(self._finish, self._groups, status_of=status_of)
@@ -211,15 +154,19 @@ class Recorder:
         the other would wait for it in a collective.
         """
         if self._failure is None:
-            self._changed.wait_for(lambda: self._queued_bytes + size <= self._queue_bytes or self._idle)
+            self._wait_for(lambda: self._queued_bytes + size <= self._queue_bytes or self._idle)
             self._queue.append(item)
             self._queued_bytes += size
             self._changed.notify_all()
         self._given += 1
         due = self._given - ahead
-        self._changed.wait_for(lambda: self._done >= due or self._failure is not None)
+        self._wait_for(lambda: self._done >= due or self._failure is not None)
         if self._failure is not None and self._failed_at < due:
             raise self._failure
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        """For the recorder's thread, which may be long over a step where the disk is slow."""
+        wait_for_thread(self._thread, lambda: self._changed.wait_for(condition))
 
     @property
     def _idle(self) -> bool:
@@ -243,7 +190,7 @@ class Recorder:
                 with self._changed:
                     if self._failure is None:
                         self._queue.popleft()
-                        self._queued_bytes -= _bytes(item) if isinstance(item, StepStates) else 0
+                        self._queued_bytes -= item.nbytes if isinstance(item, StepStates) else 0
                     self._done += 1
                     self._changed.notify_all()
                 if item is None:
@@ -265,7 +212,7 @@ class Recorder:
         assert files is not None
 
         def write() -> Share:
-            return files.write(begun, _pieces(begun.target, plan, states.slices))
+            return files.write(begun, plan.pieces(states.slices))
 
         shares = on_every_rank(write, groups, status_of=status_of)
         errors, shards = check_shares(begun.target, shares), list(begun.target.missing())
@@ -286,7 +233,7 @@ class Recorder:
         on_every_rank(self._files.sync, self._groups, status_of=status_of)
         on_rank_0(lambda: self._commit(publish=True), self._groups, status_of=status_of)
 
-    def _plan(self, told: Sequence[tuple[str, int, Sequence[Sample], int]]) -> _Plan | None:
+    def _plan(self, told: Sequence[tuple[str, int, Sequence[Sample], int]]) -> StepPlan | None:
         """Begins a step on rank 0; None where no rank has a sample. told: by each rank, the step, its samples, and how
         many slices it has."""
         if self._late is not None:
@@ -295,25 +242,15 @@ class Recorder:
         steps = sorted({(phase, step) for phase, step, _, _ in told})
         if len(steps) > 1:
             raise HiddenStatesError(f"ranks have captured different steps at the same time: {steps}")
-        samples = _together(samples for _, _, samples, _ in told)
+        samples = together(samples for _, _, samples, _ in told)
         if not samples:
             if any(slices for *_, slices in told):
                 raise HiddenStatesError(f"states of step {steps[0]} were captured, and no rank has told of a sample")
             return None
-        (phase, step), numbers = steps[0], [sample.number for sample in samples]
-        captured = CapturedStep(phase=phase, step=step, samples=consecutive(numbers))
-        begun = self._store.begin(captured, [_document(sample, phase) for sample in samples])
-        first_rows = list(accumulate((len(sample.token_ids) for sample in samples), initial=0))
-        kept = [
-            first + sample.kept for sample, first in zip(samples, first_rows, strict=False) if sample.kept is not None
-        ]
-        return _Plan(
-            begun=begun,
-            numbers=numbers,
-            first_rows=first_rows,
-            kept=np.concatenate(kept) if kept else None,
-            sync=time.monotonic() - self._committed >= self._commit_secs,
-        )
+        phase, step = steps[0]
+        captured = CapturedStep(phase=phase, step=step, samples=consecutive([sample.number for sample in samples]))
+        begun = self._store.begin(captured, [sample.document(phase) for sample in samples])
+        return StepPlan.of(begun, samples, sync=time.monotonic() - self._committed >= self._commit_secs)
 
     def _add(self, sealed: Mapping[Shard, ShardEntry], *, commits: bool) -> None:
         """On rank 0 alone; what goes wrong here reaches all ranks with the next step."""
@@ -354,37 +291,6 @@ class Recorder:
             self._files.close()
         if self._store is not None:
             self._store.abandon()
-
-
-def _together(told: Iterable[Sequence[Sample]]) -> list[Sample]:
-    """The samples of all ranks, ascending; several of a replica may have told of one."""
-    found: dict[int, Sample] = {}
-    for sample in (sample for samples in told for sample in samples):
-        known = found.setdefault(sample.number, sample)
-        if known is not sample and not np.array_equal(known.token_ids, sample.token_ids):
-            raise HiddenStatesError(f"ranks have different tokens of sample {sample.number}")
-    return [found[number] for number in sorted(found)]
-
-
-def _document(sample: Sample, phase: str) -> StepDocument:
-    return StepDocument(
-        id=str(sample.number) if sample.id is None else sample.id,
-        source=sample.source or phase,
-        token_ids=np.ascontiguousarray(sample.token_ids, np.int32),
-        kept=sample.kept,
-    )
-
-
-def _pieces(target: Manifest, plan: _Plan, slices: Iterable[LocalSlice]) -> Iterator[States]:
-    for piece in map(on_host, slices):
-        divides = piece.hook_point in target.points and target.entry(piece.hook_point).divisor
-        runs = [plan.states_of(run) for run in piece.runs]
-        divisor = piece.divisor if divides else None
-        yield States(point=piece.hook_point, runs=runs, values=piece.values, divisor=divisor)
-
-
-def _bytes(states: StepStates) -> int:
-    return sum(piece.values.nbytes for piece in states.slices)
 
 
 def _digest(path: Path) -> str:

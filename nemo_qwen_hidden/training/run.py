@@ -16,43 +16,52 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Model
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from nemo_qwen_hidden.data.tokenizer import TOKENIZER_FILES
 from nemo_qwen_hidden.model.config import TORCH_DTYPES, configure_training
 from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, TrainingReport, TrainingStep, silent
+from nemo_qwen_hidden.store.write.locks import rank_lock
 from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 from nemo_qwen_hidden.training.data import TextData
-from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
+from nemo_qwen_hidden.training.job import CHECKPOINTS, RUN, FinetuningJob
 from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.lora import LoRA
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
 from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+from nemo_qwen_hidden.training.rates import Lengthening
 from nemo_qwen_hidden.training.strategy import megatron_strategy
 
 
 def fit(
-    job: FinetuningJob, *, report: TrainingReport = silent, pulse: Pulse | None = None, rendezvous: Path | None = None
+    job: FinetuningJob,
+    *,
+    report: TrainingReport = silent,
+    pulse: Pulse | None = None,
+    rendezvous: Path | Store | None = None,
 ) -> None:
     """Trains, or goes on from the run's last checkpoint, to ``train.max_steps``. Collective over all ranks.
 
     Args:
         pulse: is told of every step, for whoever watches this rank.
-        rendezvous: a file where the ranks meet; None: the launcher's environment says where.
+        rendezvous: where the ranks meet, as ``megatron_strategy`` takes it.
 
     Raises:
         DataError: data that cannot be used.
+        ConfigError: another run begins to work in the folder.
     """
     torch.set_num_threads(job.settings.runtime.threads or fair_threads(job.topology.world))
     pl.seed_everything(job.settings.train.seed)
     pulse = pulse or Pulse()
-    progress = _Progress(job, report, pulse)
-    with pulse.running():
+    progress, longer = _Progress(job, report, pulse), Lengthening(job.settings.train.max_steps, report)
+    (job.run_path / RUN.locks).mkdir(parents=True, exist_ok=True)
+    with rank_lock(job.run_path, of=RUN), pulse.running():
         llm.train(
             model=_model(job),
             data=TextData(job),
-            trainer=_trainer(job, [progress, *_watchers(job)], rendezvous),
+            trainer=_trainer(job, [progress, longer, *_watchers(job)], rendezvous),
             log=_logger(job),
             resume=nl.AutoResume(resume_if_exists=True, resume_ignore_no_checkpoint=True),
             model_transform=None if job.settings.train.lora_dim is None else LoRA(dim=job.settings.train.lora_dim),
@@ -106,7 +115,7 @@ def _recompute(how: str, layers: int) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": how, "recompute_num_layers": layers}
 
 
-def _trainer(job: FinetuningJob, callbacks: list[Callback], rendezvous: Path | None) -> nl.Trainer:
+def _trainer(job: FinetuningJob, callbacks: list[Callback], rendezvous: Path | Store | None) -> nl.Trainer:
     train, dtype, world = job.settings.train, job.settings.precision.compute, job.topology.world
     devices = local_world(world)
     validates = train.validation_part > 0

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from nemo.lightning import MegatronStrategy
 from torch import cuda
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.config import TORCH_DTYPES
@@ -22,7 +22,7 @@ def megatron_strategy(
     *,
     stages: Sequence[range] | None = None,
     dtype: str = "fp32",
-    rendezvous: Path | None = None,
+    rendezvous: Path | Store | None = None,
     **kwargs: Any,
 ) -> MegatronStrategy:
     """NeMo's ``MegatronStrategy`` in a layout; without a GPU ``HostMegatronStrategy``.
@@ -31,7 +31,8 @@ def megatron_strategy(
         stages: layer indices of each pipeline stage, as the model's configuration has them; None: Megatron divides the
             layers evenly.
         dtype: of what pipeline stages send each other.
-        rendezvous: a file that does not exist yet, where the ranks meet; None: the launcher's environment says where.
+        rendezvous: where the ranks meet: a file that does not exist yet, or the store of a launcher; None: the
+            launcher's environment says where.
         kwargs: the strategy's own arguments.
 
     Raises:
@@ -50,7 +51,8 @@ def megatron_strategy(
         **kwargs,
     )
     if rendezvous is not None:
-        strategy.store = FileStore(str(rendezvous), topology.world)
+        own = isinstance(rendezvous, Path)
+        strategy.store = FileStore(str(rendezvous), topology.world) if own else rendezvous
     return strategy
 
 

@@ -1,9 +1,12 @@
 """Fine-tuning runs: resumption after a kill, in the same and in another layout."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nemo_qwen_hidden import finetuning
 from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.config import (
     CaptureSettings,
     FinetuneSettings,
@@ -27,15 +31,20 @@ from nemo_qwen_hidden.config import (
 )
 from nemo_qwen_hidden.conversion import convert
 from nemo_qwen_hidden.errors import ConfigError, ConfigErrors, DataError, RankError
-from nemo_qwen_hidden.parallel.launch import Rank
+from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
+from nemo_qwen_hidden.parallel.watch import Limits
+from nemo_qwen_hidden.progress import Phase
 from nemo_qwen_hidden.store.format import MARKER
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob, prepare
 from nemo_qwen_hidden.training.started import fit_started
 from tests.conftest import Start
+from tests.parallel.helpers import all_end
+from tests.recipes.commands import free_port, under_torchrun
 from tests.support.models import relative_error
 
 STATES = "states"
+LONG_SECS = 300.0
 TRAIN = TrainSettings(
     max_steps=8,
     lr=1e-3,
@@ -44,8 +53,9 @@ TRAIN = TrainSettings(
     validation_part=0.2,
     validation_every=4,
     validation_batches=1,
-    checkpoint_every=3,
+    checkpoint_every=2,
 )
+STEPS = ["train/0", "train/2", "validation/4", "train/4", "train/6", "validation/8"]
 
 
 def job_at(folder: Path, **parallel: Any) -> FinetuningJob:
@@ -54,24 +64,42 @@ def job_at(folder: Path, **parallel: Any) -> FinetuningJob:
         run=RunSettings(path=str(folder)),
         parallel=ParallelSettings(**parallel),
         capture=CaptureSettings(hook_points=("resid_post@3",)),
-        watch=WatchSettings(store=str(folder / STATES), every=2),
+        watch=WatchSettings(store=str(folder / STATES), every=2, phases=("train", "validation")),
     )
     return prepare(settings, world=None)
 
 
-def fit_until_killed(rank: Rank, job: FinetuningJob, step: int) -> None:
-    """Fine-tunes; the last rank is killed after ``step`` steps."""
+def fit_until_killed(rank: Rank, job: FinetuningJob, step: int, *, validating: bool = False) -> None:
+    """Fine-tunes; the last rank is killed after ``step`` steps, or in the validation that follows them."""
     import lightning.pytorch as pl
 
     from nemo_qwen_hidden.training import run
 
     class Killer(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == step and not validating and rank.rank == rank.world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == step and rank.rank == rank.world - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     watchers = run._watchers(job)
     with mock.patch.object(run, "_watchers", lambda job: [*watchers, Killer()]):
+        fit_started(rank, job)
+
+
+def fit_telling_rates(rank: Rank, job: FinetuningJob) -> None:
+    """Fine-tunes, and sends the learning rate of each step, by the steps before it."""
+    import lightning.pytorch as pl
+
+    from nemo_qwen_hidden.training import run
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rank.send((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+
+    with mock.patch.object(run, "_watchers", lambda job: [Rates()]):
         fit_started(rank, job)
 
 
@@ -97,9 +125,10 @@ def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
 def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, start_ranks: Start) -> None:
     whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
     start_ranks(2, fit_started, job_at(whole, tp=2))
-    with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
-        start_ranks(2, fit_until_killed, job_at(killed, tp=2), 5)
-    assert job_at(killed, tp=2).begun
+    for step, validating, left in ((4, True, "step=1-last"), (5, False, "step=3-last")):
+        with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+            start_ranks(2, partial(fit_until_killed, validating=validating), job_at(killed, tp=2), step)
+        assert [path.name for path in job_at(killed, tp=2).checkpoints] == [left]
     shutil.copytree(killed, moved)
     start_ranks(2, fit_started, job_at(killed, tp=2))
     start_ranks(2, fit_started, job_at(moved, pp=2))
@@ -110,7 +139,7 @@ def test_a_killed_run_goes_on_in_any_layout_to_the_same_weights(tmp_path: Path, 
         assert torch.equal(same[name], tensor), name
         assert torch.allclose(other[name], tensor, rtol=0, atol=1e-4), name
     stores = [open_store(run / STATES) for run in (whole, killed, moved)]
-    assert [[step.step for step in store.steps] for store in stores] == [[0, 2, 4, 6]] * 3
+    assert [[f"{step.phase}/{step.step}" for step in store.steps] for store in stores] == [STEPS] * 3
     states = [np.asarray(store["resid_post@3"][:], np.float32) for store in stores]
     assert np.array_equal(states[1], states[0])
     assert relative_error(torch.from_numpy(states[2]), torch.from_numpy(states[0])) < 1e-4
@@ -198,9 +227,47 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path, start_ranks: Star
     assert [path.name for path in job.checkpoints] == ["step=0-last"]
     with pytest.raises(DataError, match=r"must be what the run at .* was begun with"):
         start_ranks(1, fit_started, job)
-    longer = replace(job.settings, train=replace(short.train, max_steps=4, lr=2e-3))
-    with pytest.raises(ConfigErrors, match=r"(?s)`train\.max_steps` must be 1, as .*`train\.lr` must be 0\.001, as"):
-        start_ranks(1, fit_started, replace(job, settings=longer))
+    (record,) = job.run_path.glob("data/data.json")
+    record.write_text(record.read_text().replace('"max_steps": 1', '"max_steps": 9'))
+    shorter = replace(job.settings, train=replace(short.train, max_steps=4, lr=2e-3))
+    refused = r"(?s)`train\.max_steps` must be at least 9, as .*`train\.lr` must be 0\.001, as"
+    with pytest.raises(ConfigErrors, match=refused):
+        start_ranks(1, fit_started, replace(job, settings=shorter))
+
+
+def test_a_run_that_is_made_longer(tmp_path: Path) -> None:
+    """With a rate that does not change it is the longer run, to the bit; else it has that one's rates from there on."""
+
+    def fit(name: str, steps: int, **train: Any) -> tuple[Path, list[Any]]:
+        events: list[Any] = []
+        settings = FinetuneSettings(
+            train=replace(TRAIN, max_steps=steps, validation_every=2, **train),
+            run=RunSettings(path=str(tmp_path / name)),
+        )
+        job = prepare(settings, world=None)
+        run_ranks(
+            fit_telling_rates, (job,), world=1, log=tmp_path / "log", on_event=lambda _, event: events.append(event)
+        )
+        return job.run_path, events
+
+    constant = {"min_lr": TRAIN.lr}
+    whole, _ = fit("whole", 5, **constant)
+    fit("longer", 2, **constant)
+    longer, _ = fit("longer", 5, **constant)
+    expected, found = tensors_of(whole), tensors_of(longer)
+    assert found.keys() == expected.keys()
+    for tensor, other in zip(expected.values(), found.values(), strict=True):
+        assert torch.equal(tensor, other)
+    least = TRAIN.lr / 4
+    fit("cosine", 2, min_lr=least)
+    _, events = fit("cosine", 5, min_lr=least)
+    assert [each.text for each in events if isinstance(each, Phase)] == [
+        "resuming after step 2",
+        "learning rates are those of 5 steps from step 2 on",
+    ]
+    rates = {step: rate for each in events if isinstance(each, tuple) for step, rate in [each]}
+    expected_rates = {step: least + (TRAIN.lr - least) * (1 + np.cos(np.pi * step / 5)) / 2 for step in (2, 3, 4)}
+    assert rates == pytest.approx(expected_rates)
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -224,9 +291,106 @@ def test_a_checkpoint_that_a_crash_cut_off_is_none(tmp_path: Path) -> None:
     (mark := checkpoint.with_name("step=5-last-unfinished")).touch()
     job = job_at(tmp_path / "run")
     assert job.begun and job.checkpoints == [checkpoint]
-    finetuning.tidy(job)
+    with finetuning.locked(job):
+        pass
     assert checkpoint.is_dir() and not mark.exists() and job.unfinished == []
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["step=2-last"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock
+from nemo_qwen_hidden.training.job import RUN
+folder = Path(sys.argv[2])
+with job_lock(folder, of=RUN) if sys.argv[1] == "job" else rank_lock(folder, of=RUN):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def finetune(folder: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What the command says, which is refused."""
+    assert main(["finetune", "--quiet", f"run.path={folder}", "parallel.tp=2"]) == 2
+    return capfd.readouterr().err.splitlines()
+
+
+def test_a_folder_where_a_run_works_is_refused(
+    tmp_path: Path, start_python: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said by one rank; who holds it, or held it and is not gone yet, is named; a process that was killed holds
+    nothing."""
+    (folder := tmp_path / "run").mkdir()
+    checkpoint = folder / CHECKPOINTS / "step=5-last"
+    checkpoint.mkdir(parents=True)
+    (mark := checkpoint.with_name("step=5-last-unfinished")).touch()
+    holder = start_python(HOLDS, "job", folder)
+    assert holder.stdout.readline() == "held\n"
+    by = f"process {holder.pid} on {socket.gethostname()}, since "
+    refused = f"nemo-qwen-hidden: `run.path` must be a folder that no other run is working on; {by}"
+    (said,) = finetune(folder, capfd)
+    assert said.startswith(refused)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    (said,) = finetune(folder, capfd)
+    assert said.startswith(refused)
+    assert mark.exists()
+    orphan = start_python(HOLDS, "rank", folder)
+    assert orphan.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    monkeypatch.setattr(finetuning, "job_lock", partial(finetuning.job_lock, patience_secs=0.1))
+    (said,) = finetune(folder, capfd)
+    assert f"no rank writes to; one of an earlier run does (process {orphan.pid} on" in said
+    orphan.kill()
+    orphan.wait()
+    with finetuning.locked(job_at(folder)):
+        assert not mark.exists()
+
+
+def hang_under_torchrun(rank: Rank, job: FinetuningJob, port: int) -> None:
+    """As rank of torchrun's; the last one is frozen in the second step."""
+    import lightning.pytorch as pl
+
+    from nemo_qwen_hidden.cli import finetune
+    from nemo_qwen_hidden.cli.terminal import Terminal
+    from nemo_qwen_hidden.parallel import peers
+    from nemo_qwen_hidden.training import run
+
+    class Freezer(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and rank.rank == rank.world - 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    rank.send(os.getpid())
+    os.environ |= under_torchrun(rank, port)
+    terminal = mock.Mock(spec=Terminal, error=rank.send)
+    watched = partial(peers.watched, limits=Limits(beat_secs=0.5, silent_secs=10.0, still_secs=LONG_SECS))
+    with (
+        mock.patch.object(run, "_watchers", lambda job: [Freezer()]),
+        mock.patch.object(peers, "watched", watched),
+    ):
+        finetune._be_a_rank(job, terminal, finetune._Teller(terminal))
+
+
+def test_under_torchrun_a_frozen_rank_ends_all(tmp_path: Path, start_ranks: Start) -> None:
+    """Said once, by another rank, through what torchrun's ranks share; the starter of the test's ranks is patient."""
+    heard: list[Any] = []
+    job = job_at(tmp_path / "run", tp=2)
+    with pytest.raises(RankError, match=r"ended without a word|was ended by SIGKILL"):
+        run_ranks(
+            hang_under_torchrun,
+            (job, free_port()),
+            world=2,
+            log=tmp_path / "ranks.log",
+            on_event=lambda _, event: heard.append(event),
+        )
+    pids, said = [[event for event in heard if isinstance(event, kind)] for kind in (int, str)]
+    assert len(pids) == 2 and all_end(pids)
+    assert len(said) == 2 and re.match(r"rank 1 has shown no sign of life for \d+ s \(more in ", said[0])
+    assert said[1] == f"no checkpoint is left at {job.run_path}"
+    with finetuning.locked(job):  # nobody holds it any more
+        pass
 
 
 def test_a_run_begins_with_a_store_of_its_own(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import pytest
 
 from nemo_qwen_hidden.errors import RankError
 from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
-from nemo_qwen_hidden.parallel.watch import Limits, wait_for_peer
+from nemo_qwen_hidden.parallel.watch import Limits, wait_for_peer, wait_for_thread
 from tests.parallel.helpers import Listener, all_end, exists
 
 ROOT = Path(__file__).parents[2]
 LONG_SECS = 60.0
-LIMITS = Limits(beat_secs=0.15, silent_secs=1.5, still_secs=1.5)
+LIMITS = Limits(beat_secs=0.15, silent_secs=3.0, still_secs=1.5)
+PATIENT = replace(LIMITS, silent_secs=LONG_SECS)  # of a busy machine
 
 
 class Message:
@@ -43,6 +45,10 @@ def hang(rank: Rank, what: Sequence[str]) -> None:
         elif what[rank.rank] == "sleeps again and again":
             while True:
                 time.sleep(0.1)
+        elif what[rank.rank] == "sleeps in a thread":
+            thread = threading.Thread(target=time.sleep, args=(LONG_SECS,), daemon=True)
+            thread.start()
+            wait_for_thread(thread, thread.join)
         elif what[rank.rank] == "waits":
             wait_for_peer(Message(comes_after_secs=LONG_SECS))
 
@@ -51,6 +57,7 @@ HANGS = {
     "frozen": (("waits", "freezes"), r"rank 1 has shown no sign of life for \d s"),
     "still": (("waits", "sleeps"), r"rank 1 has stood still for \d s in hang \(test_hangs.py:\d+\)"),
     "polling": (("sleeps again and again",), r"rank 0 has stood still for \d s in hang \(test_hangs.py:\d+\)"),
+    "still in a thread": (("waits", "sleeps in a thread"), r"rank 1 has stood still for \d s in .*"),
     "all wait": (("waits", "waits"), r"all ranks have waited for each other for \d s, rank \d, the first, in hang .*"),
 }
 
@@ -59,7 +66,8 @@ HANGS = {
 def test_a_rank_that_hangs_ends_all(log: Path, what: tuple[str, ...], said: str) -> None:
     listener = Listener()
     with pytest.raises(RankError) as caught:
-        run_ranks(hang, (what,), world=len(what), log=log, on_event=listener, limits=LIMITS)
+        limits = LIMITS if "freezes" in what else PATIENT
+        run_ranks(hang, (what,), world=len(what), log=log, on_event=listener, limits=limits)
     assert re.fullmatch(said, str(caught.value))
     assert len(listener.events) == len(what) and listener.none_is_alive()
 
@@ -72,8 +80,7 @@ def take_long(rank: Rank) -> int:
         return rank.rank
     with rank.pulse.running():
         if rank.rank == 0:
-            while time.monotonic() < end:
-                pass
+            compute_until(end)
         if rank.rank == 1:
             writer = threading.Thread(target=write_slowly, args=(rank, end))
             writer.start()
@@ -83,6 +90,11 @@ def take_long(rank: Rank) -> int:
     return rank.rank
 
 
+def compute_until(end: float) -> None:
+    while time.monotonic() < end:
+        pass
+
+
 def write_slowly(rank: Rank, end: float) -> None:
     while time.monotonic() < end:
         time.sleep(LIMITS.still_secs / 3)
@@ -90,7 +102,31 @@ def write_slowly(rank: Rank, end: float) -> None:
 
 
 def test_what_takes_long_does_not_hang(log: Path) -> None:
-    assert run_ranks(take_long, world=4, log=log, limits=LIMITS) == [0, 1, 2, 3]
+    assert run_ranks(take_long, world=4, log=log, limits=PATIENT) == [0, 1, 2, 3]
+
+
+def have_it_done(rank: Rank) -> int:
+    """Rank 0 waits for a process of its own that computes; the others for a thread, of 1 one that computes, of 2 one
+    that waits for other ranks."""
+    end = time.monotonic() + 2 * LIMITS.still_secs
+    with rank.pulse.running():
+        if rank.rank == 0:
+            child = os.fork()
+            if child == 0:
+                compute_until(end)
+                os._exit(0)
+            os.waitpid(child, 0)
+        else:
+            message = Message(comes_after_secs=end - time.monotonic())
+            work = partial(compute_until, end) if rank.rank == 1 else partial(wait_for_peer, message)
+            thread = threading.Thread(target=work)
+            thread.start()
+            wait_for_thread(thread, thread.join)
+    return rank.rank
+
+
+def test_who_waits_for_its_own_thread_or_process_does_not_hang(log: Path) -> None:
+    assert run_ranks(have_it_done, world=3, log=log, limits=PATIENT) == [0, 1, 2]
 
 
 STARTER = """

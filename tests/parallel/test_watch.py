@@ -1,11 +1,13 @@
 """Who is judged to be at fault, of what was heard; and what a thread sees of the main thread. No ranks, no waiting."""
 
+import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,13 +115,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
     """Threads of this process as the kernel would show them: all asleep."""
-    monkeypatch.setattr(watch, "TASKS", tmp_path)
+    monkeypatch.setattr(watch, "TASKS", tmp_path / "self" / "task")
+    monkeypatch.setattr(watch, "PROCESSES", tmp_path)
     main = str(threading.main_thread().native_id)
-    found = {"main": tmp_path / main, "helper": tmp_path / "999999999"}
+    found = {"main": watch.TASKS / main, "helper": watch.TASKS / "999999999", "child": tmp_path / "71/task/71"}
     for task in found.values():
-        task.mkdir()
+        task.mkdir(parents=True)
         (task / "stat").write_text("1 (a (strange) D name) S 1 2 3")
+    (found["main"] / "children").write_text("70 71 ")  # 70 has just ended
+    show_child(tmp_path)
     return found
+
+
+def show_child(processes: Path, *, ticks: int = 400, written: int = 0) -> None:
+    """What the kernel says of a child that the main thread has started."""
+    (processes / "71/stat").write_text(f"71 (a child) S 1 2 3 4 5 6 7 8 9 10 {ticks - 100} 100 0 0")
+    (processes / "71/io").write_text(f"rchar: 9\nwchar: 10\nread_bytes: 0\nwrite_bytes: {written}\n")
 
 
 def test_time_in_which_the_listener_was_stopped_does_not_count(clock: Time) -> None:
@@ -182,7 +193,16 @@ def test_progress_of_any_thread_is_no_standing_still(clock: Time) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "state", "still"), [("main", "D", 0.0), ("helper", "D", 0.0), ("main", "S", 2.0), ("helper", "R", 2.0)]
+    ("which", "state", "still"),
+    [
+        ("main", "D", 0.0),
+        ("helper", "D", 0.0),
+        ("child", "D", 0.0),
+        ("child", "R", 0.0),
+        ("main", "S", 2.0),
+        ("helper", "R", 2.0),
+        ("child", "S", 2.0),
+    ],
 )
 def test_waiting_for_a_disk_is_no_standing_still(
     clock: Time, tasks: dict[str, Path], which: str, state: str, still: float
@@ -202,6 +222,28 @@ def test_waiting_for_a_processor_is_no_standing_still(clock: Time, tasks: dict[s
     assert found == [2.0, 0.0, 2.0]
 
 
+def test_what_a_child_does_is_no_standing_still(clock: Time, tasks: dict[str, Path], tmp_path: Path) -> None:
+    """As those do that write a checkpoint for Megatron: they compute or write, or are there no more."""
+    observer, found = Observer(Pulse(), LIMITS), []
+    second = os.sysconf("SC_CLK_TCK")
+    for ticks, written in ((400, 0), (400 + second, 0), (400 + second, 4096), (400 + second, 4096)):
+        show_child(tmp_path, ticks=ticks, written=written)
+        clock.pass_(2.0)
+        found.append(observer.beat().still_secs)
+    (tasks["main"] / "children").write_text("")
+    found.append(observer.beat().still_secs)
+    assert found == [2.0, 0.0, 0.0, 2.0, 0.0]
+
+
+def test_what_the_process_writes_is_no_standing_still(clock: Time, tasks: dict[str, Path]) -> None:
+    observer, found = Observer(Pulse(), LIMITS), []
+    for written in (0, 8192, 8192):
+        (watch.TASKS.parent / "io").write_text(f"read_bytes: 0\nwrite_bytes: {written}\n")
+        clock.pass_(2.0)
+        found.append(observer.beat().still_secs)
+    assert found == [2.0, 0.0, 2.0]
+
+
 class Work:
     """Whose ``wait`` has no frame of its own, like that of ``torch.distributed.Work``."""
 
@@ -209,14 +251,29 @@ class Work:
         self.wait = lock.acquire
 
 
-WAYS: dict[str, tuple[Callable[[Work], object], bool]] = {
-    "for a peer": (watch.wait_for_peer, True),
-    "for something else": (lambda work: work.wait(), False),
+def in_megatron(work: Work) -> None:
+    """As its pipeline waits for a message that was posted before."""
+    own: dict[str, Any] = {"__name__": "megatron.core.pipeline_parallel.p2p_communication"}
+    exec("def wait(work):\n    work.wait()", own)
+    own["wait"](work)
+
+
+def in_a_thread(work: Work) -> None:
+    thread = threading.Thread(target=watch.wait_for_peer, args=(work,))
+    thread.start()
+    watch.wait_for_thread(thread, thread.join)
+
+
+WAYS: dict[str, tuple[Callable[[Work], object], bool, str]] = {
+    "for a peer": (watch.wait_for_peer, True, r"test_a_beat_says_where_the_main_thread_waits \(test_watch.py:\d+\)"),
+    "for a peer in Megatron": (in_megatron, True, r"wait \(<string>:2\)"),
+    "for a thread that waits for a peer": (in_a_thread, True, r"wait_for_peer \(watch.py:\d+\)|.*threading.*"),
+    "for something else": (lambda work: work.wait(), False, r"<lambda> \(test_watch.py:\d+\)"),
 }
 
 
-@pytest.mark.parametrize(("wait", "for_peer"), WAYS.values(), ids=WAYS)
-def test_a_beat_says_where_the_main_thread_waits(wait: Callable[[Work], object], for_peer: bool) -> None:
+@pytest.mark.parametrize(("wait", "for_peer", "where"), WAYS.values(), ids=WAYS)
+def test_a_beat_says_where_the_main_thread_waits(wait: Callable[[Work], object], for_peer: bool, where: str) -> None:
     """A helper lets the main thread go after a look at it."""
     observer, lock, beats = Observer(Pulse(), LIMITS), threading.Lock(), []
 
@@ -231,8 +288,7 @@ def test_a_beat_says_where_the_main_thread_waits(wait: Callable[[Work], object],
     wait(Work(lock))
     thread.join()
     assert beats[0].waits == for_peer
-    name = test_a_beat_says_where_the_main_thread_waits.__name__ if for_peer else "<lambda>"
-    assert re.fullmatch(re.escape(name) + r" \(test_watch.py:\d+\)", beats[0].where)
+    assert re.fullmatch(where, beats[0].where)
 
 
 def test_the_standard_library_is_nobodys_place() -> None:

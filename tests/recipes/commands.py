@@ -128,9 +128,9 @@ def finish(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None
         raise AssertionError(f"{process.args} ended with {status}:\n{said}")
 
 
-def as_under_torchrun(rank: Rank, script: str, port: int, name: str) -> tuple[str, dict[str, Any]]:
-    """Runs a script in the environment that torchrun gives a rank; what it printed, and its dictionary ``name``."""
-    os.environ |= {
+def under_torchrun(rank: Rank, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a rank."""
+    return {
         "RANK": str(rank.rank),
         "LOCAL_RANK": str(rank.rank),
         "WORLD_SIZE": str(rank.world),
@@ -138,6 +138,11 @@ def as_under_torchrun(rank: Rank, script: str, port: int, name: str) -> tuple[st
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def as_under_torchrun(rank: Rank, script: str, port: int, name: str) -> tuple[str, dict[str, Any]]:
+    """Runs a script in the environment that torchrun gives a rank; what it printed, and its dictionary ``name``."""
+    os.environ |= under_torchrun(rank, port)
     with redirect_stdout(io.StringIO()) as printed:
         names = runpy.run_path(script, run_name="__main__")
     made = {str(key): value.numpy() if isinstance(value, Tensor) else value for key, value in names[name].items()}

@@ -1,30 +1,13 @@
-"""Stores and processes that end with the test."""
+"""Stores, and a small disk."""
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.store.helpers import Made, make_store, python, python_command
-
-
-@pytest.fixture
-def start_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts ``code`` in a process of its own, with pipes; it is ended and waited for after the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
-        command, environment = python_command(code, *arguments)
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+from tests.store.helpers import Made, make_store, python
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Captured steps for tests of the store: the same truth whoever writes it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -87,13 +87,14 @@ def grow(
     *,
     ranks: int = 1,
     resume_at: int | None = None,
+    staying: Collection[str] = (),
     kept: bool = False,
     what: Manifest | None = None,
     commits: bool = True,
 ) -> Manifest:
     """A store of these (phase, step), or one that goes on with them, finished."""
     with ExitStack() as stack:
-        store = GrowingStore(path, what or description(), resume_at=resume_at, shard_rows=SHARD_ROWS)
+        store = GrowingStore(path, what or description(), resume_at=resume_at, staying=staying, shard_rows=SHARD_ROWS)
         stack.enter_context(store)
         files = [StepFiles(path, store.producers) for _ in range(ranks)]
         for phase, step in steps:

@@ -86,7 +86,7 @@ def test_views_of_a_step_do_what_views_of_a_store_do(tmp_path: Path) -> None:
     view, entry = store.at(step=1, phase="train"), store.steps[1]
     statistics, stored = view["embed"].statistics(), view["embed"][:]
     assert torch.equal(stored, store["embed"][entry.states])
-    assert statistics.rows == view.states
+    assert statistics.rows == view.states and statistics.max_abs_state == int(stored.abs().amax(dim=1).argmax())
     np.testing.assert_allclose(statistics.mean, stored.double().mean(dim=0), atol=1e-9)
     assert torch.equal(view["embed"].standardized()[2:4], view["embed"].standardized()[:][2:4])
     assert view["embed"].float()[[True] * view.states].shape == (view.states, 6)
@@ -156,6 +156,19 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
     assert grow(tmp_path / "store", [], resume_at=0).parts == ()
     with pytest.raises(StoreNotFoundError):
         open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("phases", [("validation",), ("validation", "train")])
+def test_a_resumed_run_keeps_what_it_does_not_do_again(tmp_path: Path, phases: tuple[str, ...]) -> None:
+    steps = [("train", 0), ("validation", 1), ("train", 1), ("validation", 2), ("train", 2), ("validation", 3)]
+    grow(tmp_path / "store", steps)
+    kept = grow(tmp_path / "store", [], resume_at=2, staying=phases)
+    stays = 5 if "train" in phases else 4
+    assert [(part.data["phase"], part.data["step"]) for part in kept.parts] == steps[:stays]
+    grow(tmp_path / "store", steps[stays:], resume_at=3)
+    grow(tmp_path / "whole", steps)
+    resumed, whole = open_store(tmp_path / "store").manifest, open_store(tmp_path / "whole").manifest
+    assert without_producers(resumed) == without_producers(whole)
 
 
 def test_the_store_is_whole_while_it_grows(tmp_path: Path) -> None:

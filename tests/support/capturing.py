@@ -149,7 +149,7 @@ def _saboteur(saved: Path) -> Any:
 
 
 def note(found: Captured, states: Any) -> None:
-    from nemo_qwen_hidden.training.recorder import ROW_STRIDE
+    from nemo_qwen_hidden.training.step_states import ROW_STRIDE
 
     for sample in states.samples:
         found.samples[states.phase, states.step, sample.number] = sample.token_ids.tolist()

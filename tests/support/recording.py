@@ -54,7 +54,7 @@ def states_of(place: Place, phase: str, step: int, *, every: int | None = None) 
     from nemo_qwen_hidden.capture.rows import Choice, view_of
     from nemo_qwen_hidden.capture.taps import LocalSlice
     from nemo_qwen_hidden.plan.microbatches import Microbatch, Segment
-    from nemo_qwen_hidden.training.recorder import ROW_STRIDE, Sample, StepStates
+    from nemo_qwen_hidden.training.step_states import ROW_STRIDE, Sample, StepStates
 
     topology, first = place.topology, step * len(LENGTHS)
     samples, slices = [], []

@@ -1,7 +1,9 @@
 """``HiddenStatesCallback`` as NeMo's recipes and checkpoints hold it, and what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from nemo_qwen_hidden.parallel.launch import Rank
 from tests.conftest import Start
@@ -43,6 +45,28 @@ def in_nemos_hands(rank: Rank) -> list[dict[str, Any]]:
 def test_one_line_in_a_recipe_and_nemos_io(start_ranks: Start) -> None:
     (found,) = start_ranks(1, in_nemos_hands)
     assert found == [ARGUMENTS] * 3
+
+
+def captures(rank: Rank) -> list[bool]:
+    """Whether it captures the validation after a step that the store has, and after another one."""
+    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
+
+    callback = HiddenStatesCallback(**ARGUMENTS | {"every": 2})
+    taken = []
+    for number in (4, 6):
+        recorder = SimpleNamespace(found=lambda phase, step: (phase, step) == ("validation", 4))
+        callback._fit = fit = mock.Mock(recorder=recorder, gathered=None, noted=None)
+        trainer = SimpleNamespace(training=False, validating=True, global_step=number)
+        data = iter(())
+        with mock.patch("nemo_qwen_hidden.training.callback.dataclasses.replace") as replaced:
+            callback.on_megatron_step_start(SimpleNamespace(trainer=trainer, data=data))
+        taken.append(replaced.called and fit.noted is not None)
+    return taken
+
+
+def test_a_validation_that_the_store_has_is_not_captured_again(start_ranks: Start) -> None:
+    """Lightning's loop does one again where it resumes from a checkpoint before it."""
+    assert start_ranks(1, captures) == [[False, True]]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

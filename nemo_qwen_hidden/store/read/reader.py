@@ -279,8 +279,8 @@ class Store:
         return StoredDocument(index=index, id=info.id, source=info.source, rows=rows, states=states, store=self)
 
     def statistics(self, hook_point: str | HookPoint, shards: range | None = None) -> Statistics:
-        """Of the stored values of one hook point, or of some of its shards; the first call reads arrays beside the
-        values of every shard.
+        """Of the stored values of one hook point, or of some of its shards, whose states it numbers from the first of
+        them; the first call reads arrays beside the values of every shard.
 
         Raises:
             UnknownHookPointError: the store lacks it. StoreError: a shard is not what the manifest says.
@@ -290,7 +290,8 @@ class Store:
         if (number, asked) not in self._statistics:
             listed = self.manifest.hook_points[number].present[asked.start : asked.stop]
             known = zip(listed, self._shards.sums(number, asked), strict=True)
-            each = ((shard.first_row, shard.rows, shard.statistics, sums) for shard, sums in known)
+            first = listed[0].first_row if listed else 0
+            each = ((shard.first_row - first, shard.rows, shard.statistics, sums) for shard, sums in known)
             self._statistics[number, asked] = merge(each, self.manifest.hook_points[number].width)
         return self._statistics[number, asked]
 

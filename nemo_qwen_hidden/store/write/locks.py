@@ -1,4 +1,5 @@
-"""Who may work on a store: one job at a time, and none while ranks of an earlier one are still there.
+"""Who may work on a folder, a store or a training run: one job at a time, and none while ranks of an earlier one are
+still there.
 
 Locks are ``flock``: the kernel lets go of them when a process ends, however it ends.
 """
@@ -11,11 +12,12 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nemo_qwen_hidden.errors import StoreError
+from nemo_qwen_hidden.errors import StoreError, UserError
 from nemo_qwen_hidden.store.fields import load_json
 from nemo_qwen_hidden.store.files import read_inside
 from nemo_qwen_hidden.store.format import JOB_LOCK, JOURNAL, MARKER, RANKS_LOCK
@@ -25,48 +27,63 @@ _POLL_SECS = 0.1
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lockable:
+    """A kind of folder. name: as errors call one, which are of kind ``error`` and name ``setting``. locks: the folder
+    in it for the files of its locks."""
+
+    name: str
+    setting: str
+    locks: str
+    error: type[UserError]
+
+
+STORE = Lockable(name="a store", setting="store.path", locks=JOURNAL, error=StoreError)
+
+
 @contextmanager
-def job_lock(folder: Path, *, patience_secs: float = ORPHANS_SECS) -> Iterator[None]:
-    """While entered, no other job works on the store in ``folder``. Makes the folder and the one for locks in it.
+def job_lock(folder: Path, *, of: Lockable = STORE, patience_secs: float = ORPHANS_SECS) -> Iterator[None]:
+    """While entered, no other job works on ``folder``. Makes the folder and the one for locks in it.
 
     Raises:
-        StoreError: another job does, and says who; or ranks of an earlier one do not end within ``patience_secs``; or
-            the file system has no locks.
+        UserError: of the kind of ``of``: another job does, and says who; or ranks of an earlier one do not end within
+            ``patience_secs``; or the file system has no locks.
     """
-    with _locked_job(folder):
-        wait_for_ranks(folder, patience_secs=patience_secs)
+    with _locked_job(folder, of):
+        wait_for_ranks(folder, of=of, patience_secs=patience_secs)
         yield
 
 
-def wait_for_ranks(folder: Path, *, patience_secs: float = ORPHANS_SECS) -> None:
-    """Returns when no rank writes to the store in ``folder``.
+def wait_for_ranks(folder: Path, *, of: Lockable = STORE, patience_secs: float = ORPHANS_SECS) -> None:
+    """Returns when no rank writes to ``folder``.
 
     Raises:
-        StoreError: some still do after ``patience_secs``; says who.
+        UserError: of the kind of ``of``: some still do after ``patience_secs``; says who.
     """
-    with _open(folder, RANKS_LOCK) as ranks:
+    with _open(folder / of.locks, RANKS_LOCK) as ranks:
         deadline = time.monotonic() + patience_secs
-        while not _try(ranks, fcntl.LOCK_EX, folder):
+        while not _try(ranks, fcntl.LOCK_EX, folder, of):
             if time.monotonic() > deadline:
-                rule = f"must be a store that no rank writes to; one of an earlier run does ({_holder(ranks)})"
-                raise StoreError("store.path", rule, str(folder))
+                rule = f"must be {of.name} that no rank writes to; one of an earlier run does ({_holder(ranks)})"
+                raise of.error(of.setting, rule, str(folder))
             time.sleep(_POLL_SECS)
 
 
 @contextmanager
-def _locked_job(folder: Path) -> Iterator[None]:
+def _locked_job(folder: Path, of: Lockable) -> Iterator[None]:
     """A job that ends takes the lock's file away, so that what was locked may be a file that has no name any more."""
+    locks = folder / of.locks
     while True:
         with ExitStack() as stack:
             try:
-                (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
-                descriptor = stack.enter_context(_open(folder, JOB_LOCK))
-                if not _try(descriptor, fcntl.LOCK_EX, folder):
-                    rule = f"must be a store that no other run is working on; {_holder(descriptor)} is"
-                    raise StoreError("store.path", rule, str(folder))
-                same = os.path.samestat(os.fstat(descriptor), os.stat(folder / JOURNAL / JOB_LOCK))
+                locks.mkdir(parents=True, exist_ok=True)
+                descriptor = stack.enter_context(_open(locks, JOB_LOCK))
+                if not _try(descriptor, fcntl.LOCK_EX, folder, of):
+                    rule = f"must be {of.name} that no other run is working on; {_holder(descriptor)} is"
+                    raise of.error(of.setting, rule, str(folder))
+                same = os.path.samestat(os.fstat(descriptor), os.stat(locks / JOB_LOCK))
             except (FileNotFoundError, FileExistsError):  # the second: gone again before mkdir could look at it
-                if os.path.lexists(folder / JOURNAL) and not (folder / JOURNAL).is_dir():
+                if os.path.lexists(locks) and not locks.is_dir():
                     raise
                 continue
             if same:
@@ -76,19 +93,19 @@ def _locked_job(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def rank_lock(folder: Path, producers: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+def rank_lock(folder: Path, producers: Sequence[Mapping[str, Any]] = (), *, of: Lockable = STORE) -> Iterator[None]:
     """While entered, a later job waits for this process; taken by every rank that writes, beside each other.
 
     Args:
-        producers: of the manifest that this rank's job makes. A later job has put its own into the marker before it
-            waits for ranks, so that a rank which is late, and whose job has gone, finds that out here.
+        producers: of the manifest that this rank's job makes of a store. A later job has put its own into the marker
+            before it waits for ranks, so that a rank which is late, and whose job has gone, finds that out here.
 
     Raises:
-        StoreError: another job works on the store.
+        UserError: of the kind of ``of``: another job works on the folder.
     """
-    with _open(folder, RANKS_LOCK) as descriptor:
-        if not _try(descriptor, fcntl.LOCK_SH, folder) or not _is_of(folder, producers):
-            raise StoreError("store.path", "must be a store that no other run begins to work on", str(folder))
+    with _open(folder / of.locks, RANKS_LOCK) as descriptor:
+        if not _try(descriptor, fcntl.LOCK_SH, folder, of) or not _is_of(folder, producers):
+            raise of.error(of.setting, f"must be {of.name} that no other run begins to work on", str(folder))
         _sign(descriptor)
         yield
 
@@ -102,16 +119,16 @@ def _is_of(folder: Path, producers: Sequence[Mapping[str, Any]]) -> bool:
 
 
 @contextmanager
-def _open(folder: Path, name: str) -> Iterator[int]:
+def _open(locks: Path, name: str) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(folder / JOURNAL / name, flags, 0o666)
+    descriptor = os.open(locks / name, flags, 0o666)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _try(descriptor: int, kind: int, folder: Path) -> bool:
+def _try(descriptor: int, kind: int, folder: Path, of: Lockable) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +137,7 @@ def _try(descriptor: int, kind: int, folder: Path) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
         rule = f"must lie on a file system with locks, so that two runs cannot write to it ({error.strerror})"
-        raise StoreError("store.path", rule, str(folder)) from error
+        raise of.error(of.setting, rule, str(folder)) from error
     return True
 
 

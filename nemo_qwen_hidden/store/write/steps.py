@@ -18,7 +18,7 @@ neither the truth.
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import file_digest
@@ -62,7 +62,9 @@ class GrowingStore:
 
     Args:
         what: a manifest without parts: hook points, sizes, dtypes, and who produces. resume_at: steps from this one on
-            are dropped, since the run does them again; None drops none. shard_rows: states of one shard.
+            are dropped, since the run does them again; None drops none. staying: phases whose step ``resume_at`` stays:
+            the run has done it before it came there, with the weights that it goes on with. shard_rows: states of one
+            shard.
 
     A context manager: ``finish`` where the block ends, and where it raises everything is left to the next that opens
     the store.
@@ -73,14 +75,20 @@ class GrowingStore:
     """
 
     def __init__(
-        self, path: Path, what: Manifest, *, resume_at: int | None = None, shard_rows: int = SHARD_ROWS
+        self,
+        path: Path,
+        what: Manifest,
+        *,
+        resume_at: int | None = None,
+        staying: Collection[str] = (),
+        shard_rows: int = SHARD_ROWS,
     ) -> None:
         if what.parts or any(entry.shards for entry in what.hook_points):
             raise ValueError("what the store is must be said by a manifest without parts and shards")
         self.path, self._what, self._shard_rows = path, what, shard_rows
         with ExitStack() as stack:
             stack.enter_context(place.locked(path))
-            self._base = manifest = self._open(resume_at)
+            self._base = manifest = self._open(resume_at, staying)
             stack.callback(session.discard, path)
             self._parts = list(manifest.parts)
             self._shards = {entry.point: list(entry.present) for entry in manifest.hook_points}
@@ -207,7 +215,7 @@ class GrowingStore:
         self._published = time.monotonic()
         self._publishing_secs, self._listed = self._published - start, len(self._parts)
 
-    def _open(self, resume_at: int | None) -> Manifest:
+    def _open(self, resume_at: int | None, staying: Collection[str]) -> Manifest:
         """What stays of the store, whose folder holds that alone afterwards."""
         found = session.find(self.path)
         there = found.finished or found.unfinished
@@ -216,7 +224,7 @@ class GrowingStore:
         else:
             _check(self.path, there, found, self._what)
             whole = _with_added(self.path, there, journal.read(self.path).added)
-        kept = _before(whole, resume_at, self.path)
+        kept = _before(whole, resume_at, staying, self.path)
         kept = replace(kept, producers=(*kept.producers, *self._what.producers))
         shutil.rmtree(self.path / JOURNAL / STAGED, ignore_errors=True)
         session.grow(self.path, whole, kept)
@@ -311,10 +319,13 @@ def _is_whole(path: Path, size: int, sha256: str) -> bool:
     return True
 
 
-def _before(whole: Manifest, resume_at: int | None, path: Path) -> Manifest:
-    """The steps of a store below ``resume_at``, which have to come first."""
-    steps = [step.step for _, step in captured_steps(whole.parts, str(path))]
-    below = [resume_at is None or step < resume_at for step in steps]
+def _before(whole: Manifest, resume_at: int | None, staying: Collection[str], path: Path) -> Manifest:
+    """The steps of a store that come before ``resume_at``, which have to be the first."""
+    steps = [step for _, step in captured_steps(whole.parts, str(path))]
+    below = [
+        resume_at is None or each.step < resume_at or (each.step == resume_at and each.phase in staying)
+        for each in steps
+    ]
     count = sum(below)
     if not all(below[:count]):
         rule = f"must hold its steps below {resume_at} before the others, to go on from there"
