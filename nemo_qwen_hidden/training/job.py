@@ -171,6 +171,9 @@ def _training_problems(settings: FinetuneSettings, architecture: Architecture, t
     if train.seq_length > architecture.max_positions:
         rule = f"must be at most the model's max_position_embeddings ({architecture.max_positions})"
         problems.append(ConfigError("train.seq_length", rule, train.seq_length))
+    if architecture.sliding_window is not None and train.seq_length > architecture.sliding_window:
+        rule = f"must be at most the model's sliding window ({architecture.sliding_window}): no other is trained with"
+        problems.append(ConfigError("train.seq_length", rule, train.seq_length))
     if train.seq_length % topology.sequence_multiple:
         rule = f"must be a multiple of {topology.sequence_multiple} in this layout"
         problems.append(ConfigError("train.seq_length", rule, train.seq_length))
