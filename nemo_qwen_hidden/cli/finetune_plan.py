@@ -21,8 +21,7 @@ def run(job: FinetuningJob, terminal: Terminal) -> None:
     terminal.table(_facts(seen), "plan")
     terminal.table(_data_facts(seen), "data")
     header = ("rank", "layers", "weights", "gradients", "optimizer", "held", "captured", "in all")
-    title = "memory of a rank, by its place in the pipeline (held: activations; at most)"
-    terminal.grid(header, _memory_rows(seen), title)
+    terminal.grid(header, _memory_rows(seen), "memory of a rank, by its place in the pipeline (held: activations)")
     if seen.stores:
         terminal.grid(("captured", "steps", "first", "last", "rows a step", "into"), _captured_rows(seen), "capture")
     terminal.table(_disk_facts(seen), "on disk")
@@ -35,11 +34,13 @@ def brief(seen: Outlook) -> Iterator[str]:
     of_step = f"{train.global_batch_size} x {train.seq_length} tokens, {_microbatches(seen)}"
     yield f"{steps} of {of_step}"
     yield f"{job.topology}: {_stages(job)}, up to {human_bytes(max(each.total for each in seen.memory))} a rank"
-    for store in seen.stores:
-        captured = sum(len(each.steps) for each in store.captured)
-        yield f"{store.setting}: {some([str(point) for point in job.points])} at {count(captured, 'step')}, " + (
-            f"{human_bytes(store.bytes)} into {store.path}"
-        )
+    into = [
+        f"at {count(sum(len(each.steps) for each in store.captured), 'step')} into {store.path} "
+        f"({human_bytes(store.bytes)})"
+        for store in seen.stores
+    ]
+    if into:
+        yield f"captured {', '.join(into)}: {some([str(point) for point in job.points])}"
 
 
 def _facts(seen: Outlook) -> Facts:

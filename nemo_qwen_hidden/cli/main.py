@@ -40,7 +40,7 @@ examples:
   nemo-qwen-hidden inspect out/demo
   nemo-qwen-hidden verify --full out/demo
   nemo-qwen-hidden doctor parallel.tp=2
-  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
+  nemo-qwen-hidden finetune run.path=out/run train.validation_part=0.3
 
 COMMAND --help says more. Exit status: 0 done, 1 a fault, or something wrong
 that verify or doctor found, 2 something asked for cannot be done,
@@ -149,11 +149,13 @@ Ctrl-C or a crash the same command goes on from the last checkpoint, in any
 layout. Without torchrun, the ranks asked for are started on this machine, which
 then must have no GPU. Libraries' messages go to FOLDER.log.
 
---plan checks the same, reads the data, and says what each rank would hold, which
-steps are captured, and what is written: nothing is, and no NeMo is imported.
+--plan checks the same, reads the data, and says what each rank would hold,
+which steps would be captured, and what would be written. It writes nothing.
 
 examples:
-  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
+  nemo-qwen-hidden finetune --plan run.path=out/run train.validation_part=0.3
+  nemo-qwen-hidden finetune run.path=out/run train.validation_part=0.3 \\
+      parallel.tp=2
   torchrun --nproc-per-node 4 -m nemo_qwen_hidden finetune parallel=tp2_pp2 \\
       model.path=Qwen/Qwen2.5-0.5B data.path=texts run.path=out/run
 """

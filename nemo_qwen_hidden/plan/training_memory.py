@@ -76,13 +76,15 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
+    saving: int
     states: int
     queue: int
 
     @property
     def total(self) -> int:
-        """Of all, as if all came together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.states + self.queue
+        """The most that is there at once."""
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + max(self.activations, self.saving) + self.states + self.queue
 
 
 def optimizer_bytes(parameters: int, itemsize: int) -> int:
@@ -132,13 +134,15 @@ def layer_bytes(run: Training) -> int:
     inner = shape.ffn_hidden_size // tp
     wide = run.own_tokens * 4 * shape.hidden_size * WIDE
     own = run.own_tokens * 2 * shape.hidden_size
-    attention = run.tokens * (4 * queries + 3 * keys)
-    if cp > 1:  # keys and values of the whole sequence
-        attention += run.tokens * 2 * cp * keys
+    if cp == 1:
+        attention = run.tokens * (4 * queries + 3 * keys)
+    else:
+        masked = (2 * cp + 1) * (run.seq_length // (2 * cp)) ** 2
+        attention = run.tokens * (3 * queries + 2 * cp * keys) + masked
     if run.recompute == "selective":
         attention -= run.tokens * queries
-    angles = 4 * run.seq_length // cp * shape.head_dim * WIDE
-    return wide + (own + attention + run.tokens * 5 * inner) * run.itemsize + angles
+    angles = 4 * run.seq_length // cp * shape.head_dim
+    return wide + (own + attention + run.tokens * 5 * inner + angles) * run.itemsize
 
 
 def chunk_bytes(run: Training, stage: int) -> int:
@@ -158,14 +162,19 @@ def chunk_bytes(run: Training, stage: int) -> int:
     return kept + (_head_bytes(run) if stage == len(run.stages) - 1 else 0)
 
 
-def _again_bytes(run: Training, rank: int) -> int:
-    """What is computed again at a time, in the backward pass of the largest chunk of a rank."""
-    layers = max(len(run.stages[stage]) for stage in range(rank, len(run.stages), run.topology.pp))
+def held_bytes(run: Training, rank: int) -> int:
+    """What all microbatches on the way keep on a rank at most, and what is computed again in the backward pass beyond
+    what that has let go of by then: the output layer's part, and the layers after a block."""
+    stages = range(rank, len(run.stages), run.topology.pp)
+    held = most_held(run.topology, rank, run.microbatches, [chunk_bytes(run, stage) for stage in stages])
+    layers, whole = max(len(run.stages[stage]) for stage in stages), layer_bytes(run)
+    gone = _head_bytes(run) if rank == run.topology.pp - 1 else 0
+    again = 0
     if run.recompute == "uniform":
-        return min(layers, run.recompute_layers) * layer_bytes(run)
-    if run.recompute == "block":
-        return layer_bytes(run)
-    return 0
+        again = min(layers, run.recompute_layers) * whole
+    elif run.recompute == "block":
+        again, gone = min(layers, 1) * whole, gone + max(0, layers - run.recompute_layers) * whole
+    return held + max(0, again - gone)
 
 
 def _passing_bytes(run: Training, rank: int) -> int:
@@ -182,6 +191,15 @@ def _adam_bytes(run: Training) -> int:
     shape, tp = run.shape, run.topology.tp
     largest = max(padded_vocab(shape, tp), 2 * shape.ffn_hidden_size) // tp * shape.hidden_size
     return 2 * largest * WIDE
+
+
+def _saving_bytes(run: Training, rank: int) -> int:
+    """Copies of gate and up, which are one weight of Megatron's and two of a checkpoint's: of the weights and of all
+    that the optimizer keeps for them. A piece of a larger tensor is copied before it is written, all of them before the
+    first (``dist_checkpointing/strategies/filesystem_async.py`` of megatron-core 0.16.1, ``_clone_if_needed``)."""
+    layers = sum(len(run.stages[stage]) for stage in range(rank, len(run.stages), run.topology.pp))
+    gated = layers * 2 * run.shape.ffn_hidden_size // run.topology.tp * run.shape.hidden_size
+    return gated * run.itemsize + optimizer_bytes(gated, run.itemsize)
 
 
 def _head_bytes(run: Training) -> int:
@@ -203,15 +221,14 @@ def _states_bytes(run: Training, rank: int) -> list[int]:
 def rank_memory(run: Training, rank: int) -> RankMemory:
     """Of a rank at ``rank`` of the pipeline."""
     parameters = rank_parameters(run, rank)
-    chunks = [chunk_bytes(run, stage) for stage in range(rank, len(run.stages), run.topology.pp)]
-    held = most_held(run.topology, rank, run.microbatches, chunks)
     states = _states_bytes(run, rank)
     return RankMemory(
         parameters=parameters,
         weights=parameters * run.itemsize,
         gradients=parameters * WIDE,
         optimizer=optimizer_bytes(parameters, run.itemsize),
-        activations=max(held + _again_bytes(run, rank) + _passing_bytes(run, rank), _adam_bytes(run)),
+        activations=max(held_bytes(run, rank) + _passing_bytes(run, rank), _adam_bytes(run)),
+        saving=_saving_bytes(run, rank),
         states=max(states, default=0),
         queue=sum(min(STEPS_AHEAD * each, max(QUEUE_BYTES, each)) for each in states),
     )

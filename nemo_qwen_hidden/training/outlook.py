@@ -14,6 +14,7 @@ from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.plan.shapes import state_width
 from nemo_qwen_hidden.plan.training import microbatches_of, steps_of
 from nemo_qwen_hidden.plan.training_memory import RankMemory, Training, checkpoint_bytes, rank_memory
+from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.store.captured import step_bytes
 from nemo_qwen_hidden.store.format import DTYPES, human_bytes
 from nemo_qwen_hidden.store.write.session import disk_of
@@ -232,7 +233,7 @@ class Outlook:
         return Stored(setting=setting, path=Path(path).expanduser(), captured=captured, bytes=size)
 
 
-def outlook(job: FinetuningJob, told: Callable[[int], None]) -> Outlook:
+def outlook(job: FinetuningJob, told: Callable[[int], None] = silent) -> Outlook:
     """With the data, which are read. told: of the tokens that were counted so far.
 
     Raises:

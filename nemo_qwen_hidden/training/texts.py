@@ -16,6 +16,7 @@ from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, to
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.errors import DataError
 from nemo_qwen_hidden.plan.training import held_out, sequences_of
+from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,7 +70,7 @@ class Counts:
     exact: bool
 
 
-def count(job: FinetuningJob, told: Callable[[int], None] = lambda tokens: None) -> Counts:
+def count(job: FinetuningJob, told: Callable[[int], None] = silent) -> Counts:
     """Of the blocks that a run has made already, or else of the documents, which are read to their end. told: how many
     tokens were counted so far.
 
