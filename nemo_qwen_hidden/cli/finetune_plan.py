@@ -30,9 +30,11 @@ def run(job: FinetuningJob, terminal: Terminal) -> None:
 def brief(seen: Outlook) -> Iterator[str]:
     """Lines for a run that begins."""
     job, train = seen.job, seen.job.settings.train
-    steps = f"steps {seen.first_step + 1:,} to {train.max_steps:,}"
+    if seen.first_step >= train.max_steps:
+        yield f"all {count(train.max_steps, 'step')} are done"
+        return
     of_step = f"{train.global_batch_size} x {train.seq_length} tokens, {_microbatches(seen)}"
-    yield f"{steps} of {of_step}"
+    yield f"steps {seen.first_step + 1:,} to {train.max_steps:,} of {of_step}"
     yield f"{job.topology}: {_stages(job)}, up to {human_bytes(max(each.total for each in seen.memory))} a rank"
     into = [
         f"at {count(sum(len(each.steps) for each in store.captured), 'step')} into {store.path} "

@@ -13,7 +13,7 @@ from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import FinetuneSettings, check_finetuning
 from nemo_qwen_hidden.data.sources import check_path
 from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
-from nemo_qwen_hidden.hookpoint import HookPoint, expand
+from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
 from nemo_qwen_hidden.store.write.session import exists
@@ -122,12 +122,16 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     open_weights(folder, architecture)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     watches = settings.watch.store is not None or settings.watch.probe_store is not None
+    points = expand(settings.capture.hook_points, num_layers=shape.num_layers) if watches else ()
+    if any(point.site == ATTN_WEIGHTS for point in points):
+        rule = f"must leave out {ATTN_WEIGHTS} in training: they grow with the square of the tokens"
+        raise ConfigError("capture.hook_points", rule, list(settings.capture.hook_points))
     job = FinetuningJob(
         settings=settings,
         architecture=architecture,
         topology=topology,
         stages=stages,
-        points=expand(settings.capture.hook_points, num_layers=shape.num_layers) if watches else (),
+        points=points,
         model_folder=folder,
         data_path=data_path,
         run_path=run_path,

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.store.captured import step_bytes
 from nemo_qwen_hidden.store.format import DTYPES, human_bytes
 from nemo_qwen_hidden.store.write.session import disk_of
-from nemo_qwen_hidden.training.job import FinetuningJob
+from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
 from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION
 from nemo_qwen_hidden.training.texts import Counts, count, probe_lengths
 
@@ -90,12 +90,6 @@ class Outlook:
         return microbatches_of(
             self.job.topology, global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size
         )
-
-    @property
-    def step_tokens(self) -> int:
-        """Of a step, on all ranks."""
-        train = self.job.settings.train
-        return train.global_batch_size * train.seq_length
 
     @property
     def validation_samples(self) -> int:
@@ -191,7 +185,7 @@ class Outlook:
     def disks(self) -> tuple[Disk, ...]:
         """That the run writes to. Raises ``StoreError`` where no folder can be."""
         most = self.checkpoints[1] * self.checkpoint_bytes
-        there = sum(_size(path) for path in self.job.checkpoints)
+        there = _size(self.job.run_path / CHECKPOINTS)
         needs = [Need(setting="run.path", path=self.job.run_path, bytes=max(0, most - there) + self.block_bytes)]
         needs += [Need(setting=store.setting, path=store.path, bytes=store.bytes) for store in self.stores]
         on = [_disk_of(need) for need in needs]

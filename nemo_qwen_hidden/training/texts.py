@@ -157,14 +157,17 @@ def probe_lengths(job: FinetuningJob) -> list[int]:
     """Tokens of each document of the run's probe set; none where it has none.
 
     Raises:
-        DataError: documents that cannot be used.
+        DataError: documents that cannot be used, or not one token.
     """
     watch = job.settings.watch
     if watch.probe_store is None:
         return []
     path = str(demo.text_path()) if watch.probe_data is None else os.path.expanduser(watch.probe_data)
     texts = Texts(job, path)
-    return [len(document.token_ids) for document in texts.tokenized(islice(texts.read(), watch.probe_documents))]
+    read = islice(texts.read(), watch.probe_documents)
+    lengths = [len(document.token_ids) for document in texts.tokenized(read)]
+    require_tokens(sum(lengths), path)
+    return lengths
 
 
 def _characters(document: Document) -> int:

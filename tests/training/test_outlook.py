@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,21 @@ def test_which_steps_are_captured_where_a_run_goes_on(tmp_path: Path) -> None:
     assert re.fullmatch(
         r"captured at 6 steps into \S+ \([^)]+\), at 4 steps into \S+ \([^)]+\): 1: resid_post@0", third
     )
+
+
+def test_a_run_at_its_end_has_nothing_to_do(tmp_path: Path) -> None:
+    (tmp_path / "run" / CHECKPOINTS / "step=39-last").mkdir(parents=True)
+    watch = WatchSettings(store=str(tmp_path / "a"), phases=("train", "validation"))
+    seen = outline(job_at(tmp_path, watch=watch, max_steps=40))
+    assert list(brief(seen)) == ["all 40 steps are done"]
+    assert not seen.validations and seen.stores[0].bytes == 0
+
+
+def test_attention_weights_are_not_captured_in_training(tmp_path: Path) -> None:
+    job = job_at(tmp_path, watch=WatchSettings(store=str(tmp_path / "a")))
+    asked = replace(job.settings, capture=CaptureSettings(hook_points=("attn_weights@0",)))
+    with pytest.raises(ConfigError, match=r"`capture\.hook_points` must leave out attn_weights in training"):
+        prepare(asked, world=None)
 
 
 def test_how_many_checkpoints_there_are(tmp_path: Path) -> None:
