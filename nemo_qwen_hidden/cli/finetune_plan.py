@@ -42,7 +42,7 @@ def brief(seen: Outlook) -> Iterator[str]:
         for store in seen.stores
     ]
     if into:
-        yield f"captured {', '.join(into)}: {some([str(point) for point in job.points])}"
+        yield f"captured: {some([str(point) for point in job.points])}; {', '.join(into)}"
 
 
 def _facts(seen: Outlook) -> Facts:
@@ -109,9 +109,10 @@ def _steps(captured: Captured) -> tuple[str, str, str]:
 def _disk_facts(seen: Outlook) -> Facts:
     kept, most = seen.checkpoints
     job, size = seen.job, seen.checkpoint_bytes
+    while_written = f"; {most}, {human_bytes(most * size)} while one is written" if most > kept else ""
     facts = [
         ("checkpoint", f"about {human_bytes(size)}"),
-        ("kept", f"{kept}, {human_bytes(kept * size)}; {most}, {human_bytes(most * size)} while one is written"),
+        ("kept", f"{kept}, {human_bytes(kept * size)}{while_written}"),
     ]
     to_come = " to come" if job.begun else ""
     for store in seen.stores:

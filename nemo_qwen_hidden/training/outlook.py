@@ -129,7 +129,7 @@ class Outlook:
             )
             found.append(self._store("watch.store", watch.store, captured))
         if watch.probe_store is not None:
-            steps = steps_of(first, train.max_steps, watch.every)
+            steps = steps_of(first, train.max_steps if first < train.max_steps else 0, watch.every)
             probed = Captured(phase=PROBE, steps=steps, documents=len(self.probe), rows=sum(self.probe))
             found.append(self._store("watch.probe_store", watch.probe_store, (probed,)))
         return tuple(found)

@@ -107,17 +107,17 @@ def test_which_steps_are_captured_where_a_run_goes_on(tmp_path: Path) -> None:
     first, second, third = brief(seen)
     assert first == "steps 15 to 40 of 4 x 16 tokens, 4 microbatches of 1"
     assert second.startswith("tp=1 pp=1 dp=1 sp=false: layers 0 to 5, up to ")
-    assert re.fullmatch(
-        r"captured at 6 steps into \S+ \([^)]+\), at 4 steps into \S+ \([^)]+\): 1: resid_post@0", third
-    )
+    stores = r"at 6 steps into \S+ \([^)]+\), at 4 steps into \S+ \([^)]+\)"
+    assert re.fullmatch(rf"captured: 1: resid_post@0; {stores}", third)
 
 
 def test_a_run_at_its_end_has_nothing_to_do(tmp_path: Path) -> None:
     (tmp_path / "run" / CHECKPOINTS / "step=39-last").mkdir(parents=True)
-    watch = WatchSettings(store=str(tmp_path / "a"), phases=("train", "validation"))
+    phases = ("train", "validation")
+    watch = WatchSettings(store=str(tmp_path / "a"), phases=phases, probe_store=str(tmp_path / "b"))
     seen = outline(job_at(tmp_path, watch=watch, max_steps=40))
     assert list(brief(seen)) == ["all 40 steps are done"]
-    assert not seen.validations and seen.stores[0].bytes == 0
+    assert not seen.validations and [store.bytes for store in seen.stores] == [0, 0]
 
 
 def test_attention_weights_are_not_captured_in_training(tmp_path: Path) -> None:
