@@ -17,7 +17,7 @@ from nemo_qwen_hidden.plan.training_memory import RankMemory, Training, checkpoi
 from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.store.captured import step_bytes
 from nemo_qwen_hidden.store.format import DTYPES, human_bytes
-from nemo_qwen_hidden.store.write.session import disk_of
+from nemo_qwen_hidden.store.write.place import disk_of
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
 from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION
 from nemo_qwen_hidden.training.texts import Counts, count, probe_lengths
