@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 from nemo_qwen_hidden import finetuning
 from nemo_qwen_hidden.cli.fault import fault_line, one_says, saying_at_once
+from nemo_qwen_hidden.cli.finetune_plan import brief
 from nemo_qwen_hidden.cli.terminal import Terminal, human
 from nemo_qwen_hidden.errors import RankError, UserError
 from nemo_qwen_hidden.finetuning import Outcome
@@ -12,18 +13,22 @@ from nemo_qwen_hidden.parallel import launch
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, TrainingStep
 from nemo_qwen_hidden.training.job import FinetuningJob
+from nemo_qwen_hidden.training.outlook import Outlook
 
 
-def run(parsed: argparse.Namespace, job: FinetuningJob) -> int:
-    """Runs ``job`` to its end.
+def run(parsed: argparse.Namespace, seen: Outlook) -> int:
+    """Runs the job that ``seen`` is of to its end.
 
     Raises:
         UserError: it could not be done.
         RankError: a fault. PeerError: a rank of torchrun's failed and has said why.
         KeyboardInterrupt: all ranks have ended, and the text says what is left.
     """
+    job = seen.job
     with Terminal(quiet=parsed.quiet or not launch.is_first_rank()) as terminal:
         teller = _Teller(terminal)
+        for line in brief(seen):
+            terminal.note(line)
         try:
             if launch.launched_world() is None:
                 _start_ranks(job, teller)

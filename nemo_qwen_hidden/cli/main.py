@@ -40,7 +40,7 @@ examples:
   nemo-qwen-hidden inspect out/demo
   nemo-qwen-hidden verify --full out/demo
   nemo-qwen-hidden doctor parallel.tp=2
-  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
+  nemo-qwen-hidden finetune run.path=out/run train.validation_part=0.3
 
 COMMAND --help says more. Exit status: 0 done, 1 a fault, or something wrong
 that verify or doctor found, 2 something asked for cannot be done,
@@ -149,8 +149,13 @@ Ctrl-C or a crash the same command goes on from the last checkpoint, in any
 layout. Without torchrun, the ranks asked for are started on this machine, which
 then must have no GPU. Libraries' messages go to FOLDER.log.
 
+--plan checks the same, reads the data, and says what each rank would hold,
+which steps would be captured, and what would be written. It writes nothing.
+
 examples:
-  nemo-qwen-hidden finetune run.path=out/run parallel.tp=2
+  nemo-qwen-hidden finetune --plan run.path=out/run train.validation_part=0.3
+  nemo-qwen-hidden finetune run.path=out/run train.validation_part=0.3 \\
+      parallel.tp=2
   torchrun --nproc-per-node 4 -m nemo_qwen_hidden finetune parallel=tp2_pp2 \\
       model.path=Qwen/Qwen2.5-0.5B data.path=texts run.path=out/run
 """
@@ -221,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(plan)
     for command in (extract, doctor, finetune):
         command.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    finetune.add_argument("--plan", action="store_true", help="say what the run would do and take, and do nothing")
     doctor.add_argument("--against", metavar="STORE", help="look at a store, or at a file of states, not at a model")
     doctor.add_argument("--documents", type=_at_least_one, default=8, metavar="N", help="look at N documents (8)")
     doctor.add_argument("--tokens", type=_at_least_one, default=128, metavar="N", help="and the first N tokens (128)")
@@ -313,16 +319,37 @@ def _extract(parsed: argparse.Namespace) -> int:
 
 
 def _finetune(parsed: argparse.Namespace) -> int:
+    if parsed.plan:
+        return _plan_finetuning(parsed)
     from nemo_qwen_hidden import finetuning
     from nemo_qwen_hidden.cli import finetune
     from nemo_qwen_hidden.cli.compose import compose_finetuning
     from nemo_qwen_hidden.parallel.launch import launched_world
+    from nemo_qwen_hidden.training.outlook import outline
 
     with _one_of_a_machine_says():
         settings = compose_finetuning(parsed.overrides, config=parsed.config)
         job = finetuning.prepare(settings, world=launched_world())
+        seen = outline(job)
+        seen.check_disks()
         finetuning.make_folder(job)
-    return finetune.run(parsed, job)
+    return finetune.run(parsed, seen)
+
+
+def _plan_finetuning(parsed: argparse.Namespace) -> int:
+    from nemo_qwen_hidden.cli import finetune_plan
+    from nemo_qwen_hidden.cli.compose import compose_finetuning
+    from nemo_qwen_hidden.cli.terminal import Terminal
+    from nemo_qwen_hidden.parallel.launch import is_first_rank, launched_world
+    from nemo_qwen_hidden.training.job import prepare
+
+    with _one_of_a_machine_says():
+        settings = compose_finetuning(parsed.overrides, config=parsed.config)
+        job = prepare(settings, world=launched_world())
+        if is_first_rank():
+            with Terminal(quiet=parsed.quiet) as terminal:
+                finetune_plan.run(job, terminal)
+    return 0
 
 
 def _plan(parsed: argparse.Namespace) -> int:

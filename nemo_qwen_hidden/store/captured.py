@@ -1,14 +1,19 @@
 """Captured steps: parts of a store that a training run has added, one for each step whose states it kept."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.entries import Part
 from nemo_qwen_hidden.store.fields import Fields
+from nemo_qwen_hidden.store.format import Dtype
+from nemo_qwen_hidden.store.shard import shard_bytes
+from nemo_qwen_hidden.store.table import TOKEN_BYTES
 
 PHASE = "phase"
+SHARD_ROWS = 65536
+_LISTED_BYTES, _LINE_BYTES = 450, 140  # of a shard or a part in the manifest, and of a document in its list; about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +79,19 @@ def consecutive(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
         else:
             found.append((number, 1))
     return tuple(found)
+
+
+def step_bytes(widths: Sequence[int], *, rows: int, documents: int, dtype: Dtype) -> int:
+    """Bytes of one captured step in a store, the manifest's part included: some more or less, as names are long.
+
+    Args:
+        widths: numbers of a state, of each hook point. rows: that have states, which all have.
+    """
+    whole, rest = divmod(rows, SHARD_ROWS)
+    sizes = [(whole, SHARD_ROWS), (1 if rest else 0, rest)]
+    shards = sum(
+        count * (shard_bytes(size, width=width, dtype=dtype, divisor=False) + _LISTED_BYTES)
+        for width in widths
+        for count, size in sizes
+    )
+    return shards + _LISTED_BYTES + TOKEN_BYTES * rows + (_LINE_BYTES + 8) * documents

@@ -4,8 +4,7 @@ S: tokens of a sequence.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,14 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
 from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
-from nemo_qwen_hidden.data.sources import read_documents
-from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
-from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_qwen_hidden.errors import ConfigError, DataError, raise_all
+from nemo_qwen_hidden.plan.training import held_out, sequences_of
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
+from nemo_qwen_hidden.training.texts import Counts, Texts, check
 
 Sample = dict[str, Tensor]
-END_OF_TEXT = "<|endoftext|>"
 
 
 class Blocks(Dataset[Sample]):
@@ -163,20 +160,14 @@ class TextData(BlockData):
         """
         job, train = self._job, self._job.settings.train
         documents, fingerprint, end = _read(job)
-        require_tokens(sum(map(len, documents)), job.data_path)
-        held_out = ceil(train.validation_part * len(documents))
-        if held_out == len(documents):
-            rule = "must hold a document more than are kept for validation (`train.validation_part`)"
-            raise DataError("data.path", rule, f"{len(documents)} in {job.data_path}")
-        cut = len(documents) - held_out
-        blocks = {"train": _blocks(documents[:cut], end, self.seq_length)}
-        blocks["validation"] = _blocks(documents[cut:], end, self.seq_length)
-        least = {"train": 1, "validation": self.global_batch_size if held_out else 0}
-        for name, count in least.items():
-            if len(blocks[name]) < count:
-                rule = f"must hold text for at least {count} sequences of `train.seq_length` to {_PURPOSE[name]}"
-                raise DataError("data.path", rule, f"text for {len(blocks[name])}")
-        self._record({"sha256": fingerprint, "seq_length": self.seq_length, "validation_documents": held_out})
+        out = held_out(len(documents), train.validation_part)
+        kept = len(documents) - out
+        blocks = {"train": _blocks(documents[:kept], end, self.seq_length)}
+        blocks["validation"] = _blocks(documents[kept:], end, self.seq_length)
+        sizes = {name: len(array) for name, array in blocks.items()}
+        tokens = sum(map(len, documents))
+        check(job, Counts(documents=len(documents), held_out=out, tokens=tokens, exact=True, **sizes))
+        self._record({"sha256": fingerprint, "seq_length": self.seq_length, "validation_documents": out})
         for name, array in blocks.items():
             np.save(self._folder / f"{name}.npy", array)
 
@@ -223,32 +214,22 @@ def _weights_sha256(job: FinetuningJob) -> str:
 SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "lora_dim", "seed")
 """Settings that a run goes on with as it was begun, but that it may become longer: a checkpoint has the learning rates
 and what is trained, and the order of samples follows from the seed."""
-_PURPOSE = {"train": "train with", "validation": "validate with (or none: `train.validation_part` 0)"}
 
 
 def _read(job: FinetuningJob) -> tuple[list[NDArray[np.int32]], str, int | None]:
     """Token ids of each document, the data's fingerprint, and the token that ends a text."""
-    used: list[Tokenizer] = []
-
-    def tokenizer() -> Tokenizer:
-        used.append(load_tokenizer(job.tokenizer_folder))
-        return used[0]
-
-    read = read_documents(job.data_path, **job.fields)
-    fingerprint = DataFingerprint()
-    tokenized: Iterable[TokenizedDocument] = tokenize(read, tokenizer, vocab_size=job.architecture.shape.vocab_size)
-    documents = []
-    for document in tokenized:
+    texts, fingerprint, documents = Texts(job), DataFingerprint(), []
+    for document in texts:
         fingerprint.update(document)
         documents.append(document.token_ids)
-    return documents, fingerprint.hexdigest(), used[0].special_tokens.get(END_OF_TEXT) if used else None
+    return documents, fingerprint.hexdigest(), texts.end
 
 
 def _blocks(documents: Sequence[NDArray[np.int32]], end: int | None, seq_length: int) -> NDArray[np.int32]:
     """[blocks, S + 1], of which each begins with the token that the one before ends with."""
     parts = [part for document in documents for part in (document, np.array([] if end is None else [end], np.int32))]
     tokens = np.concatenate([np.empty(0, np.int32), *parts])
-    count = max(0, (len(tokens) - 1) // seq_length)
+    count = sequences_of(len(tokens), seq_length)
     windows = (
         np.lib.stride_tricks.sliding_window_view(tokens, seq_length + 1) if count else np.empty((0, seq_length + 1))
     )

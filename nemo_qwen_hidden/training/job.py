@@ -134,12 +134,16 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
     open_weights(folder, architecture)
     data_path = str(demo.text_path()) if settings.data.path is None else os.path.expanduser(settings.data.path)
     watches = settings.watch.store is not None or settings.watch.probe_store is not None
+    points = expand(settings.capture.hook_points, num_layers=shape.num_layers) if watches else ()
+    if any(point.site == ATTN_WEIGHTS for point in points):
+        rule = f"must leave out {ATTN_WEIGHTS} in training: they grow with the square of the tokens"
+        raise ConfigError("capture.hook_points", rule, list(settings.capture.hook_points))
     job = FinetuningJob(
         settings=settings,
         architecture=architecture,
         topology=topology,
         stages=stages,
-        points=expand(settings.capture.hook_points, num_layers=shape.num_layers) if watches else (),
+        points=points,
         model_folder=folder,
         data_path=data_path,
         run_path=run_path,
@@ -195,6 +199,9 @@ def _training_problems(settings: FinetuneSettings, architecture: Architecture, t
         problems.append(ConfigError("train.global_batch_size", rule, train.global_batch_size))
     if train.seq_length > architecture.max_positions:
         rule = f"must be at most the model's max_position_embeddings ({architecture.max_positions})"
+        problems.append(ConfigError("train.seq_length", rule, train.seq_length))
+    if architecture.sliding_window is not None and train.seq_length > architecture.sliding_window:
+        rule = f"must be at most the model's sliding window ({architecture.sliding_window}): no other is trained with"
         problems.append(ConfigError("train.seq_length", rule, train.seq_length))
     if train.seq_length % topology.sequence_multiple:
         rule = f"must be a multiple of {topology.sequence_multiple} in this layout"

@@ -22,16 +22,15 @@ from nemo_qwen_hidden.errors import HiddenStatesError, StoreError, status_of
 from nemo_qwen_hidden.parallel.agree import gather_values, on_every_rank, on_rank_0
 from nemo_qwen_hidden.parallel.groups import CONTROL_TIMEOUT_DAYS, ProcessGroups
 from nemo_qwen_hidden.parallel.watch import wait_for_thread
-from nemo_qwen_hidden.store.captured import CapturedStep, captured_steps, consecutive
+from nemo_qwen_hidden.plan.training_memory import QUEUE_BYTES, STEPS_AHEAD
+from nemo_qwen_hidden.store.captured import SHARD_ROWS, CapturedStep, captured_steps, consecutive
 from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.format import MARKER, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.write.step_files import Share, StepFiles, check_shares
-from nemo_qwen_hidden.store.write.steps import SHARD_ROWS, GrowingStore
+from nemo_qwen_hidden.store.write.steps import GrowingStore
 from nemo_qwen_hidden.training.step_states import Sample, StepPlan, StepStates, together
 
-STEPS_AHEAD = 2
-QUEUE_BYTES = 256 * 2**20
 COMMIT_SECS = 5.0
 _ENDING_SECS = 5.0
 

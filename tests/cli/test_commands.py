@@ -312,7 +312,16 @@ HELP = {
     "plan": ["--settings", "Loads no weights", "model.path=", "--gpus", "--tokens", "--shape", "examples:"],
     "convert": ["SOURCE", "TARGET", "NeMo 2", "--quiet", "examples:", "docs/checkpoints.md"],
     "inspect": ["--json", "STORE", "open_store"],
-    "finetune": ["--settings", "run.path=", "train.max_steps=", "watch.store=", "torchrun", "last checkpoint", "log"],
+    "finetune": [
+        "--settings",
+        "--plan",
+        "run.path=",
+        "train.max_steps=",
+        "watch.store=",
+        "torchrun",
+        "last checkpoint",
+        "log",
+    ],
     "doctor": ["--against", "--documents", "--tokens", "--json", "model.path=", "transformers", "exit status"],
 }
 

@@ -41,15 +41,25 @@ def check_space(path: Path, needed_bytes: int, *, replaced: bool = False) -> Non
     Raises:
         StoreError: it has not; says how much is needed and how much is free.
     """
-    with naming_path(path):
-        existing = _nearest_existing(path)
-        disk = os.statvfs(existing)
-        free = disk.f_bavail * disk.f_frsize
-        if replaced and existing == path:
+    _, free = disk_of(path)
+    if replaced and path.exists():
+        with naming_path(path):
             free += survey(path).bytes
     if free < needed_bytes:
         rule = f"must be on a disk with {human_bytes(needed_bytes)} free, and {human_bytes(free)} are free there"
         raise StoreError("store.path", rule, str(path))
+
+
+def disk_of(path: Path) -> tuple[int, int]:
+    """The disk that ``path`` is on, or would be: a number that is another for every disk, and its free bytes.
+
+    Raises:
+        StoreError: there can be no folder.
+    """
+    with naming_path(path):
+        existing = _nearest_existing(path)
+        disk = os.statvfs(existing)
+        return existing.stat().st_dev, disk.f_bavail * disk.f_frsize
 
 
 @contextmanager

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_qwen_hidden.errors import CoverageError, StoreError, raise_all
-from nemo_qwen_hidden.store.captured import CapturedStep, captured_steps
+from nemo_qwen_hidden.store.captured import SHARD_ROWS, CapturedStep, captured_steps
 from nemo_qwen_hidden.store.entries import FileEntry, Part, ShardEntry
 from nemo_qwen_hidden.store.files import naming_store, sync_files, sync_folder
 from nemo_qwen_hidden.store.format import JOURNAL, STAGED, TOKENS, Shard
@@ -41,7 +41,6 @@ from nemo_qwen_hidden.store.write.journal import Added, JournalWriter
 from nemo_qwen_hidden.store.write.step_files import StepTarget
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 
-SHARD_ROWS = 65536
 MANIFEST_SHARE = 0.01
 """Of the time of a run, the most that goes into writing the manifest anew, but where it is asked for."""
 
