@@ -201,8 +201,9 @@ def test_a_run_begins_from_the_checkpoint_of_another(tmp_path: Path, start_ranks
     def one_step(name: str, model: Path | None) -> FinetuningJob:
         job = job_at(tmp_path / name)
         train = replace(TRAIN, max_steps=1, validation_part=0.0)
+        watch = replace(job.settings.watch, phases=("train",))
         path = None if model is None else str(model)
-        return prepare(replace(job.settings, train=train, model=ModelSettings(path=path)), world=None)
+        return prepare(replace(job.settings, train=train, model=ModelSettings(path=path), watch=watch), world=None)
 
     first = one_step("first", None)
     start_ranks(1, fit_started, first)
