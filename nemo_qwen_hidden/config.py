@@ -289,9 +289,6 @@ def check_finetuning(settings: FinetuneSettings) -> None:
             problems.append(ConfigError(f"train.{name}", f"must be at least {bound}", value))
     if train.min_lr > train.lr:
         problems.append(ConfigError("train.min_lr", f"must be at most `train.lr` ({train.lr})", train.min_lr))
-    if train.warmup_steps >= train.max_steps >= 1:
-        rule = f"must be below `train.max_steps` ({train.max_steps})"
-        problems.append(ConfigError("train.warmup_steps", rule, train.warmup_steps))
     if train.seed >= 2**32:
         problems.append(ConfigError("train.seed", "must be below 2**32", train.seed))
     if not 0 <= train.validation_part < 1:

@@ -68,11 +68,14 @@ def from_field(probe: ProbeSet, step: int, field: str, path: str, *, id_field: s
         path: JSONL files, as ``data.path`` takes them, that hold a record with the id of each document.
 
     Raises:
-        DataError: a document of the probe set is not there, or a label is of another kind, or not one for each token;
-            no document has one.
+        DataError: a document of the probe set is not there, or in several records that differ; or a label is of
+            another kind, or not one for each token; no document has one.
     """
     tokens, ids = probe.tokens(step), probe.document_ids(step)
-    found = dict(read_fields(path, field, id_field=id_field))
+    found: dict[str, object] = {}
+    for name, value in read_fields(path, field, id_field=id_field):
+        if found.setdefault(name, value) != value and name in ids:
+            raise DataError("labels", f"must be the same in all records with one id ('{path}' has others)", name)
     of_rows: list[str | None] = []
     for number, name in enumerate(ids):
         if name not in found:

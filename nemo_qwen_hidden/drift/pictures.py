@@ -160,10 +160,11 @@ def _heat_map(axes: "Axes", report: Report, values: NDArray[np.float64], low: fl
     axes.set_xlabel("step")
     if len(report.steps) > MOST_NUMBERED or len(report.hook_points) > MOST_ROWS:
         return image
+    form = ".3f" if low >= 0.95 else ".2f"  # or every number of a short run would be 1.00
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
             colour = "white" if value < (low + 1) / 2 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, f"{value:{form}}", ha="center", va="center", color=colour, fontsize=8)
     return image
 
 

@@ -176,6 +176,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
 def notes(report: Report) -> list[str]:
     """What a reader of the values has to know."""
     found = []
+    if len(report.steps) == 1:
+        found.append("one step alone: it is compared with itself")
     wide = max(report.widths.values())
     if report.states < ENOUGH_STATES * wide:
         few = f"{report.states:,} states of {wide:,} numbers each"

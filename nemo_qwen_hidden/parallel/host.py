@@ -49,8 +49,7 @@ def training_on_host() -> Iterator[None]:
       ``optimizer/clip_grads.py:103,172``, ``utils.py:1207``; N, in ``lightning/pytorch``,
       ``strategies/megatron_strategy.py:801,881`` and ``plugins/data_sampler.py:192,212``);
     - ``Tensor.cuda`` gives the tensor itself (N ``collections/llm/gpt/model/base.py:103``), and
-      ``torch.cuda.LongTensor`` is one of the CPU (N ``collections/llm/gpt/data/utils.py:777``, for
-      ``FineTuningDataModule``);
+      ``torch.cuda.LongTensor`` is one of the CPU (N ``collections/llm/gpt/data/utils.py:777``, fine-tuning data);
     - ``torch.cuda.synchronize`` returns (M ``dist_checkpointing/strategies/filesystem_async.py:230``);
     - the files of a checkpoint are written by threads, as ``multiprocessing.dummy`` has them: Megatron would fork
       processes, which ranks that are daemons may not, and start the main script anew for a queue (M

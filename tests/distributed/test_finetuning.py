@@ -415,7 +415,6 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
         (TrainSettings(global_batch_size=3, micro_batch_size=2), r"train\.global_batch_size"),
         (TrainSettings(recompute_layers=2), r"train\.recompute_layers"),
         (TrainSettings(recompute="uniform", recompute_layers=4), r"train\.recompute_layers"),
-        (TrainSettings(warmup_steps=100), r"train\.warmup_steps"),
         (TrainSettings(lora_dim=0), r"train\.lora_dim"),
     ):
         with pytest.raises((ConfigError, ConfigErrors), match=f"`{setting}`"):

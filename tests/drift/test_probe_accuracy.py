@@ -127,6 +127,9 @@ def test_labels_in_a_field(tmp_path: Path) -> None:
     write({"id": "a", "kind": "x"})
     with pytest.raises(DataError, match=r"lacks one.*'b'"):
         from_field(probe, 0, "kind", str(path))
+    write({"id": "a", "kind": "x"}, {"id": "b", "kind": "y"}, {}, {"id": "a", "kind": "y"})
+    with pytest.raises(DataError, match=r"must be the same in all records with one id.*'a'"):
+        from_field(probe, 0, "kind", str(path))
     write({"id": "a", "kind": 1.5}, {"id": "b"}, {})
     with pytest.raises(DataError, match="strings, integers or booleans"):
         from_field(probe, 0, "kind", str(path))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_tables_and_facts(report: Report) -> None:
     assert [table.title.split()[0] for table in rest] == ["linear", "relative", "mean", "accuracy"]
     assert dict(facts(report))["outliers"] == "norms above 10 times the median of a step: none"
     assert ["are few" in note for note in notes(report)] == [True]
+    assert "compared with itself" in notes(replace(report, steps=report.steps[:1]))[0]
 
 
 def test_outliers_have_a_table_of_their_own(tmp_path: Path) -> None:
