@@ -23,7 +23,7 @@ from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
-from nemo_qwen_hidden.errors import ConfigError, DataError, raise_all
+from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
 
 Sample = dict[str, Tensor]
@@ -190,16 +190,16 @@ class TextData(BlockData):
                 rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut"
                 raise DataError("data.path", f"{rule} ({before})", origin)
             where = f"as the run at {self._job.run_path} was begun"
-            least = f"must be at least {known['max_steps']}, {where}"
-            shorter = train.max_steps < known.pop("max_steps")
-            raise_all(
-                [ConfigError("train.max_steps", least, train.max_steps)] * shorter
-                + [
-                    ConfigError(f"train.{name}", f"must be {value}, {where}", schedule[name])
-                    for name, value in known.items()
-                    if schedule[name] != value
-                ]
-            )
+            least = known.pop("max_steps")
+            problems: list[UserError] = [
+                ConfigError(f"train.{name}", f"must be {value}, {where}", schedule[name])
+                for name, value in known.items()
+                if schedule[name] != value
+            ]
+            if train.max_steps < least:
+                rule = f"must be at least {least}, {where}"
+                problems.insert(0, ConfigError("train.max_steps", rule, train.max_steps))
+            raise_all(problems)
         self._folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**origin, "schedule": schedule}) + "\n")
 
