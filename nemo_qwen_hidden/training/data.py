@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_qwen_hidden.checkpoint.fingerprint import weights_sha256
 from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
-from nemo_qwen_hidden.errors import ConfigError, DataError, raise_all
+from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
 from nemo_qwen_hidden.plan.training import held_out, sequences_of
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
 from nemo_qwen_hidden.training.texts import Counts, Texts, check
@@ -188,16 +188,16 @@ class TextData(BlockData):
                 rule = f"must be what the run at {self._job.run_path} was begun with, as must be how it is cut"
                 raise DataError("data.path", f"{rule} ({before})", origin)
             where = f"as the run at {self._job.run_path} was begun"
-            least = f"must be at least {known['max_steps']}, {where}"
-            shorter = train.max_steps < known.pop("max_steps")
-            raise_all(
-                [ConfigError("train.max_steps", least, train.max_steps)] * shorter
-                + [
-                    ConfigError(f"train.{name}", f"must be {known.get(name)}, {where}", value)
-                    for name, value in schedule.items()
-                    if name != "max_steps" and known.get(name) != value
-                ]
-            )
+            least = known["max_steps"]
+            problems: list[UserError] = [
+                ConfigError(f"train.{name}", f"must be {known.get(name)}, {where}", value)
+                for name, value in schedule.items()
+                if name != "max_steps" and known.get(name) != value
+            ]
+            if train.max_steps < least:
+                rule = f"must be at least {least}, {where}"
+                problems.insert(0, ConfigError("train.max_steps", rule, train.max_steps))
+            raise_all(problems)
             if base != known_base:
                 rule = f"must be the model whose weights have the sha256 {known_base}, {where}"
                 raise ConfigError("model.path", rule, base)
