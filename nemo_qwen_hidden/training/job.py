@@ -17,7 +17,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
 from nemo_qwen_hidden.store.write.session import exists
-from nemo_qwen_hidden.topology import Topology, model_problems
+from nemo_qwen_hidden.topology import Topology, model_problems, vocabulary_problems
 
 CHECKPOINTS = "checkpoints"
 """Where NeMo keeps the checkpoints of a run (``lightning/nemo_logger.py`` of 2.7.3)."""
@@ -155,12 +155,8 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
 
 
 def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:
-    problems: list[UserError] = []
-    train, vocab_size = settings.train, architecture.shape.vocab_size
-    if vocab_size % topology.tp:  # padding would take part in the loss
-        problems.append(
-            ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
-        )
+    train = settings.train
+    problems = vocabulary_problems(topology, architecture.shape.vocab_size)
     at_once = train.micro_batch_size * topology.dp
     if train.global_batch_size % at_once:
         rule = f"must be a multiple of `train.micro_batch_size` times the replicas ({at_once})"
