@@ -74,9 +74,9 @@ DEV = [
 
 def version() -> str:
     """``__version__`` of the package, read as text: importing it would need torch in the build's environment."""
-    found = re.search(r'^__version__ = "(.+)"$', (HERE / PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.M)
+    found = re.search(r'^__version__ = "(.+)"$', (HERE / PACKAGE / "version.py").read_text(encoding="utf-8"), re.M)
     if found is None:
-        raise SystemExit(f'{PACKAGE}/__init__.py has no line `__version__ = "..."`')
+        raise SystemExit(f'{PACKAGE}/version.py has no line `__version__ = "..."`')
     return found[1]
 
 

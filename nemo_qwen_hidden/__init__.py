@@ -6,6 +6,8 @@ Importing this package is instant; each name below is imported where it is first
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nemo_qwen_hidden.version import __version__
+
 if TYPE_CHECKING:
     from nemo_qwen_hidden.hookpoint import HookPoint
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from nemo_qwen_hidden.store.read.reader import open_store
     from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 
-__version__ = "0.1.0"
 __all__ = [
     "BatchLoader",
     "DocumentBatches",

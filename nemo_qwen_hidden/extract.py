@@ -32,7 +32,7 @@ from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.document_ids import shared_documents
 from nemo_qwen_hidden.store.shard import shard_bytes
 from nemo_qwen_hidden.store.table import KEPT_BYTES, TOKEN_BYTES
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def locked(job: Job) -> AbstractContextManager[None]:
     Raises:
         StoreError: another job does, or the folder cannot be used.
     """
-    return session.locked(job.store_path)
+    return place.locked(job.store_path)
 
 
 def begin(job: Job, report: Report = silent, *, norms: Job | None = None) -> Begun:
@@ -112,7 +112,7 @@ def norm_job(job: Job) -> Job | None:
     rows that may be kept, beside the store. None where no norm is needed, or the store knows its rows already."""
     settings = job.settings
     tokens, store = settings.tokens, settings.store
-    known = session.exists(job.store_path) and not store.overwrite and store.add is None
+    known = place.exists(job.store_path) and not store.overwrite and store.add is None
     if tokens.max_norm is None or store.add == "hook_points" or known:
         return None
     point = norm_point(tokens, job.points, num_layers=job.architecture.shape.num_layers)

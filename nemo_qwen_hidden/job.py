@@ -33,7 +33,7 @@ from nemo_qwen_hidden.plan.shapes import state_shape
 from nemo_qwen_hidden.plan.stages import Split, points_of_stage, stages_of
 from nemo_qwen_hidden.store.format import DTYPES, MARKER, TOKENS, shard_name
 from nemo_qwen_hidden.store.shard import state_bytes
-from nemo_qwen_hidden.store.write.session import check_target
+from nemo_qwen_hidden.store.write.place import check_target
 from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
 from nemo_qwen_hidden.trace.whole import check_place
 

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.checkpoint.fingerprint import final_norm_weight, weights_sha256
 from nemo_qwen_hidden.checkpoint.opened import open_weights
@@ -15,6 +14,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.job import Job
 from nemo_qwen_hidden.store.norm_file import norm_file
 from nemo_qwen_hidden.topology import AXES, Topology
+from nemo_qwen_hidden.version import __version__
 
 PACKAGES = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors")
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nemo_qwen_hidden import __version__
 from nemo_qwen_hidden.cli import PROGRAM, drift
 from nemo_qwen_hidden.cli.convert import add_command as add_convert
 from nemo_qwen_hidden.cli.plan_options import add_options
 from nemo_qwen_hidden.cli.store_commands import add_commands
 from nemo_qwen_hidden.config import FinetuneSettings, Settings
 from nemo_qwen_hidden.errors import FAILED, HiddenStatesError, PeerError, UserError
+from nemo_qwen_hidden.version import __version__
 
 if TYPE_CHECKING:
     from nemo_qwen_hidden.cli.known import Kind

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nemo_qwen_hidden import __version__
+from nemo_qwen_hidden.version import __version__
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 """Adds a command: its name, what it does in a few words, and what its help ends with."""

@@ -16,7 +16,7 @@ from nemo_qwen_hidden.errors import ConfigError, UserError, raise_all
 from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
-from nemo_qwen_hidden.store.write.session import exists
+from nemo_qwen_hidden.store.write.place import exists
 from nemo_qwen_hidden.topology import Topology, model_problems, vocabulary_problems
 
 CHECKPOINTS = "checkpoints"

@@ -15,7 +15,7 @@ import pytest
 from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.crafted import KEPT, PARTS, craft, craft_version_2, rewrite
 from tests.store.helpers import make_store
 
@@ -260,7 +260,7 @@ def test_inspect_shows_parts_jobs_values_and_what_storing_cost(store: Path, capf
 
 
 def test_inspect_shows_an_unfinished_job(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with session.locked(store):
+    with place.locked(store):
         session.start(store, open_store(store).manifest, {}, fresh=False)
     assert main(["inspect", str(store)]) == 0
     assert "a store of 34 rows at 4 hook points" in " ".join(said(capfd).split())

@@ -16,7 +16,7 @@ from nemo_qwen_hidden.cli.main import main
 from nemo_qwen_hidden.hookpoint import HookPoint, by_depth
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.upkeep.export import export
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 from tests.doctor import planted
 from tests.doctor.planted import Case
@@ -66,7 +66,7 @@ def store(
     """A store of these states of the case's documents, which names the weights in ``folder``. kept: of a document of
     some tokens, those whose states are stored."""
     points = by_depth(states, LAYERS)
-    with session.locked(path):
+    with place.locked(path):
         with session.staging(path) as staged:
             with TokenTableWriter(staged, shard_rows=20) as writer:
                 for index, ids in enumerate(case.documents):

@@ -19,7 +19,7 @@ from nemo_qwen_hidden.plan.rowset import RowSet
 from nemo_qwen_hidden.store.entries import FileEntry, HookPointEntry, Part
 from nemo_qwen_hidden.store.format import JOURNAL, TOKENS, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 from nemo_qwen_hidden.store.write.writer import ShardWriter
 
@@ -108,7 +108,7 @@ def truth(target: Manifest) -> dict[HookPoint, torch.Tensor]:
 
 def make_store(path: Path, *, lengths: tuple[int, ...] = LENGTHS, shard_rows: int = 5, **changes: Any) -> Made:
     """``changes``: of the manifest's fields; or ``points``."""
-    with session.locked(path):
+    with place.locked(path):
         with session.staging(path) as staged:
             part, token_ids = write_tokens(staged, lengths, shard_rows=shard_rows)
             target = draft(part, **changes)
@@ -145,7 +145,7 @@ def finish(path: Path, target: Manifest) -> Manifest:
 
 def begin(path: Path, *, fresh: bool = True) -> Manifest:
     """Begins a store of ``LENGTHS`` and leaves it."""
-    with session.locked(path), session.staging(path) as staged:
+    with place.locked(path), session.staging(path) as staged:
         part, _ = write_tokens(staged, LENGTHS)
         target = draft(part)
         session.start(path, target, {}, fresh=fresh, staged=staged)

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.store.folder import survey
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.helpers import begin, finish, make_store, python, tree, truth, unfinished, write_states
 
 NEW = "must be a new folder, an empty one or a store; this one holds "
@@ -31,7 +31,7 @@ def test_a_foreign_file_is_never_deleted(tmp_path: Path, where: str, name: str) 
     (path / name).write_text("precious")
     before = tree(path)
     with pytest.raises(StoreError) as caught:
-        session.check_target(path)
+        place.check_target(path)
     assert caught.value.setting == "store.path" and NEW in str(caught.value)
     assert re.search(
         f"holds `({'|'.join({name, name.split('/')[0], name.rpartition('/')[0]} - {''})})`", str(caught.value)
@@ -56,8 +56,8 @@ def test_names_like_ours_do_not_make_it_ours(tmp_path: Path, name: str, text: st
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
     with pytest.raises(StoreError, match=NEW):
-        session.check_target(tmp_path)
-    with pytest.raises(StoreError, match=NEW), session.locked(tmp_path):
+        place.check_target(tmp_path)
+    with pytest.raises(StoreError, match=NEW), place.locked(tmp_path):
         pass
     assert (tmp_path / name).read_text() == text
 
@@ -84,7 +84,7 @@ def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     begin(path)
     (path / "embed").symlink_to(outside)
     with pytest.raises(StoreError, match="this one holds `embed`"):
-        session.check_target(path)
+        place.check_target(path)
     session.discard(path)
     assert "embed" in tree(path)
     assert (outside / "000000.safetensors").read_text() == "precious"
@@ -140,7 +140,7 @@ def test_a_path_that_cannot_be_a_folder(tmp_path: Path, kind: str) -> None:
         "dangling link": (tmp_path / "link", "must be a folder, but"),
         "proc": (Path("/proc/a/b"), "must be a folder that can be made and written"),
     }[kind]
-    for call in (session.check_target, begin):
+    for call in (place.check_target, begin):
         with pytest.raises(StoreError) as caught:
             call(path)
         assert caught.value.setting == "store.path" and message in str(caught.value)
@@ -150,14 +150,14 @@ DENIED = """
 import os, sys
 from pathlib import Path
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 os.umask(0)
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 for path in (Path(sys.argv[1]) / "closed", Path(sys.argv[1]) / "closed/new", Path(sys.argv[1]) / "secret/new"):
     try:
-        session.check_target(path)
+        place.check_target(path)
         print("allowed")
     except StoreError as error:
         print(error)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.write import locks, session
+from nemo_qwen_hidden.store.write import locks, place, session
 from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock
 from nemo_qwen_hidden.store.write.writer import ShardWriter
 from tests.store.helpers import begin, tree
@@ -94,7 +94,7 @@ def test_a_rank_that_comes_when_its_job_has_gone_is_refused(tmp_path: Path) -> N
     """It slept while its starter was killed and another run took over: what it would claim, the other does not know."""
     path = tmp_path / "store"
     late = begin(path)
-    with session.locked(path):
+    with place.locked(path):
         target = replace(late, producers=(*late.producers, {"work": "resumed"}))
         session.resume(path, target, {})
         said = "must be a store that no other run begins to work on"
@@ -113,7 +113,7 @@ def test_a_rank_that_came_before_the_marker_is_waited_for(
     path, order = tmp_path / "store", []
     late = begin(path)
     target = replace(late, producers=(*late.producers, {"work": "resumed"}))
-    with session.locked(path):
+    with place.locked(path):
         orphan = ShardWriter(path, late, rank=0)
 
         def let_go() -> None:
@@ -156,7 +156,7 @@ def test_many_jobs_in_turn_never_meet(tmp_path: Path) -> None:
         nonlocal inside, most, done
         while done < 60:
             try:
-                with session.locked(path):
+                with place.locked(path):
                     with guard:
                         inside += 1
                         most = max(most, inside)

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep import merge as merge_module
 from nemo_qwen_hidden.store.upkeep.merge import merge
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.crafted import POINTS, Crafted, craft, rewrite
 from tests.store.helpers import tree
 
@@ -228,7 +228,7 @@ def test_stores_that_cannot_be_merged(stores: list[Crafted], tmp_path: Path) -> 
             merge(few, tmp_path / "merged")
     with pytest.raises(StoreError, match="`--into` must lie outside of "):
         merge(paths(stores), stores[0].path / "merged")
-    with session.locked(stores[1].path):
+    with place.locked(stores[1].path):
         session.start(stores[1].path, stores[1].manifest, {}, fresh=False)
     with pytest.raises(StoreError, match="must have no unfinished job"):
         merge(paths(stores), tmp_path / "merged")
@@ -279,7 +279,7 @@ def test_a_crash_leaves_nothing_that_looks_finished(
             merge(paths(stores), into)
     with pytest.raises(StoreNotFoundError, match="still being made, or was left unfinished"):
         open_store(into)
-    with session.locked(into), pytest.raises(StoreError, match="an unfinished merge is there"):
+    with place.locked(into), pytest.raises(StoreError, match="an unfinished merge is there"):
         session.find(into)
     merge(paths(stores), into, copy=True)
     assert verify(into, full=True).findings == ()

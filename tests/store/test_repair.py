@@ -16,7 +16,7 @@ from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.store.upkeep import repair as repair_module
 from nemo_qwen_hidden.store.upkeep.repair import repair
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.crafted import craft
 from tests.store.helpers import LENGTHS, POINT, Made, finish, make_store, tree, write_states, write_tokens
 
@@ -32,7 +32,7 @@ def flip(file: Path, place: int = -1) -> None:
 
 def extract_again(made: Made, **files: bytes) -> None:
     """What the same extract job does with what it finds: runs the rows that are missing, and no others."""
-    with session.locked(made.path):
+    with place.locked(made.path):
         found = session.find(made.path)
         assert (found.finished, found.unfinished is not None) == (None, True)
         target = found.unfinished
@@ -145,9 +145,9 @@ def test_an_unfinished_job_comes_first(made: Made) -> None:
 
 
 def test_while_another_job_adds_to_it(made: Made) -> None:
-    with session.locked(made.path), pytest.raises(StoreError, match="no other run is working on"):
+    with place.locked(made.path), pytest.raises(StoreError, match="no other run is working on"):
         repair(made.path)
-    with session.locked(made.path):
+    with place.locked(made.path):
         session.start(made.path, made.manifest, {}, fresh=False)
     flip(made.path / SHARD)
     with pytest.raises(StoreError, match="must be a store that no unfinished job is adding to; extract goes on"):

@@ -11,7 +11,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import journal, session
+from nemo_qwen_hidden.store.write import journal, place, session
 from nemo_qwen_hidden.store.write.writer import ShardWriter
 from tests.store.helpers import LENGTHS, POINT, ROWS, Run, draft, finish, make_store, tree, truth, write_tokens
 
@@ -24,7 +24,7 @@ def begun(tmp_path: Path) -> Iterator[Callable[..., tuple[Path, Manifest]]]:
 
     def begin(**changes: str) -> tuple[Path, Manifest]:
         path = tmp_path / "early"
-        with session.locked(path), session.staging(path) as staged:
+        with place.locked(path), session.staging(path) as staged:
             part, _ = write_tokens(staged, LENGTHS, shard_rows=SHARD_ROWS)
             target = draft(part, **changes)
             session.start(path, target, {}, staged=staged)
@@ -52,7 +52,7 @@ def test_the_same_store_as_when_it_is_sealed_afterwards(
                 size = min(3, ROWS - first)
                 writer.write(point, [Run(first, size)], values[first : first + size])
     assert session.to_seal(path, target)[1] == []
-    with session.locked(path):
+    with place.locked(path):
         assert session.finish(path, target) == late.manifest
     assert tree(path) == tree(late.path)
     assert not verify(path, full=True).findings
@@ -145,7 +145,7 @@ def test_what_a_crash_leaves_sealed_is_kept(begun: Callable[..., tuple[Path, Man
         for point, values in truth(target).items():
             writer.write(point, [Run(0, 8)], values[:8])
     inode = (path / str(POINT) / "000000.safetensors").stat().st_ino
-    with session.locked(path):
+    with place.locked(path):
         session.resume(path, target, {})
         record, done = session.progress(path, target)
         assert {number for _, number in record.sealed} == {0} and done[POINT] == RowSet([(0, 8)])

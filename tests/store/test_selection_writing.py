@@ -30,7 +30,7 @@ from nemo_qwen_hidden.store.read.tokens import PartTokens, TokenTable
 from nemo_qwen_hidden.store.upkeep.merge import merge
 from nemo_qwen_hidden.store.upkeep.repair import repair
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
 from nemo_qwen_hidden.store.write.writer import ShardWriter
 from tests.store.crafted import craft_version_2, rewrite
@@ -75,7 +75,7 @@ def truth(rows: int = sum(LENGTHS), seed: int = 0) -> dict[HookPoint, torch.Tens
 
 def begin(path: Path, dtype: str = "fp32", **changes: Any) -> Manifest:
     """A store of ``KEPT`` that is to be made."""
-    with session.locked(path), session.staging(path) as staged:
+    with place.locked(path), session.staging(path) as staged:
         target = target_of(replace(table(staged), selection=RULE), dtype, **changes)
         session.start(path, target, {}, staged=staged)
     return target
@@ -97,7 +97,7 @@ def write_rows(
 def made(path: Path, dtype: str = "fp32", seed: int = 0) -> Path:
     target = begin(path, dtype)
     write_rows(path, target, [(0, 23)], truth(seed=seed))
-    with session.locked(path):
+    with place.locked(path):
         finish(path, target)
     return path
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_kept(tmp_path: Path, kept: NDArray[Any] | None, said: st
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_it_is_the_full_store_cut_afterwards(tmp_path: Path, dtype: str) -> None:
     path, full = made(tmp_path / "kept", dtype), tmp_path / "full"
-    with session.locked(full):
+    with place.locked(full):
         with session.staging(full) as staged:
             target = target_of(table(staged, None), dtype)
             session.start(full, target, {}, staged=staged)
@@ -182,7 +182,7 @@ def test_any_order_and_any_crash(tmp_path_factory: pytest.TempPathFactory, data:
     crash = data.draw(st.integers(0, len(windows)))
     target = begin(path)
     write_rows(path, target, windows[:crash], truth())
-    with session.locked(path):
+    with place.locked(path):
         found = session.find(path).unfinished
         assert found == target
         session.resume(path, found, {})
@@ -190,7 +190,7 @@ def test_any_order_and_any_crash(tmp_path_factory: pytest.TempPathFactory, data:
             with pytest.raises(CoverageError, match="were not written"):
                 session.to_seal(path, target)
     write_rows(path, target, windows, truth())  # what is there is passed over
-    with session.locked(path):
+    with place.locked(path):
         finish(path, target)
     assert {name: tree(path)[name] for name in tree(path)} == tree(made(path.parent / "at once"))
 
@@ -224,7 +224,7 @@ def test_states_of_another_width_or_outside(tmp_path: Path) -> None:
 def test_hook_points_are_added_for_the_kept_rows(tmp_path: Path) -> None:
     path = made(tmp_path / "store")
     point, values = HookPoint("v", 3), torch.randn(9, 4)
-    with session.locked(path):
+    with place.locked(path):
         found = session.find(path).finished
         assert found is not None
         entry = HookPointEntry.of(point, num_layers=LAYERS, shards=found.grid.shards, shape=(2, 2))
@@ -248,7 +248,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path) -> None:
     shard.write_bytes(contents)
     done = repair(path)
     assert done.shards == ((HookPoint("k", 2), 1),)
-    with session.locked(path):
+    with place.locked(path):
         target = session.find(path).unfinished
         assert target is not None and (target.parts[0].kept, target.parts[0].selection) == (9, RULE)
         session.resume(path, target, {})
@@ -468,7 +468,7 @@ def test_shapes_that_are_not_the_models(tmp_path: Path, change: Callable[[dict[s
 def test_what_uses_nothing_new_has_the_bytes_of_version_1(tmp_path: Path) -> None:
     """As the first release of the format wrote them."""
     path = tmp_path / "store"
-    with session.locked(path):
+    with place.locked(path):
         with session.staging(path) as staged:
             target = draft(table(staged, None))
             session.start(path, target, {}, staged=staged)

@@ -20,7 +20,7 @@ from nemo_qwen_hidden.plan.rowset import RowSet
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.read.reader import open_store
-from nemo_qwen_hidden.store.write import journal, session
+from nemo_qwen_hidden.store.write import journal, place, session
 from tests.store.helpers import (
     LAYERS,
     LENGTHS,
@@ -46,7 +46,7 @@ BEGUN = {"unfinished.json", "journal", "journal/job.lock", "journal/ranks.lock",
 
 def resumed(path: Path, **changes: Any) -> Manifest:
     """Everything that one run does with what it finds."""
-    with session.locked(path):
+    with place.locked(path):
         target = session.find(path).unfinished
         assert target is not None
         with session.staging(path) as staged:
@@ -110,22 +110,22 @@ def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_checking_leaves_everything_as_it_is(tmp_path: Path) -> None:
-    session.check_target(tmp_path / "a/b/c")
-    session.check_target(tmp_path)
+    place.check_target(tmp_path / "a/b/c")
+    place.check_target(tmp_path)
     assert tree(tmp_path) == {}
 
 
 def test_a_lock_that_nobody_used_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "found").mkdir()
     for name in ("a/b/c", "found"):
-        with session.locked(tmp_path / name):
+        with place.locked(tmp_path / name):
             assert (tmp_path / name / "journal/job.lock").exists()
     assert set(tree(tmp_path)) == {"found"}
 
 
 def test_a_lock_leaves_a_store_as_it_is(made: Made) -> None:
     before = tree(made.path)
-    with session.locked(made.path):
+    with place.locked(made.path):
         assert session.find(made.path) == session.Found(
             finished=made.manifest, unfinished=None, begun=session.find(made.path).begun
         )
@@ -153,7 +153,7 @@ def test_discard_takes_away_what_start_made(tmp_path: Path) -> None:
     (tmp_path / "found").mkdir()
     for name in ("store", "found"):
         begin(tmp_path / name)
-        with session.locked(tmp_path / name):
+        with place.locked(tmp_path / name):
             assert session.discard(tmp_path / name)
             assert not session.discard(tmp_path / name)
     # the folder of the run that began is a run's no longer when another one discards it
@@ -163,7 +163,7 @@ def test_discard_takes_away_what_start_made(tmp_path: Path) -> None:
 def test_discard_keeps_work(tmp_path: Path) -> None:
     unfinished(tmp_path / "store")
     before = tree(tmp_path / "store")
-    with session.locked(tmp_path / "store"):
+    with place.locked(tmp_path / "store"):
         assert not session.discard(tmp_path / "store")
     after = tree(tmp_path / "store")
     assert {name for name in before if not name.endswith(".lock")} == {
@@ -174,7 +174,7 @@ def test_discard_keeps_work(tmp_path: Path) -> None:
 def test_discard_leaves_the_store_that_was_to_become_larger(made: Made) -> None:
     before = tree(made.path)
     entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5, shape=(6,))
-    with session.locked(made.path):
+    with place.locked(made.path):
         target = replace(made.manifest, hook_points=(*made.manifest.hook_points, entry))
         session.start(made.path, target, {}, fresh=False)
         (made.path / "resid_post@1").mkdir()
@@ -186,7 +186,7 @@ def test_discard_leaves_the_store_that_was_to_become_larger(made: Made) -> None:
 def test_a_store_that_becomes_larger_stays_readable(made: Made) -> None:
     entry = HookPointEntry.of(HookPoint("resid_post", 1), num_layers=LAYERS, shards=5, shape=(6,))
     target = replace(made.manifest, hook_points=(*made.manifest.hook_points, entry))
-    with session.locked(made.path):
+    with place.locked(made.path):
         session.start(made.path, target, {}, fresh=False)
         write_states(made.path, target, {entry.point: made.states[POINT]})
         assert open_store(made.path).manifest == made.manifest
@@ -197,9 +197,9 @@ def test_a_store_that_becomes_larger_stays_readable(made: Made) -> None:
 
 
 def test_space(tmp_path: Path) -> None:
-    session.check_space(tmp_path / "a/b", 1000)
+    place.check_space(tmp_path / "a/b", 1000)
     with pytest.raises(StoreError) as caught:
-        session.check_space(tmp_path / "a/b", 10**18)
+        place.check_space(tmp_path / "a/b", 10**18)
     assert re.fullmatch(
         rf"`store.path` must be on a disk with 1000\.0 PB free, and [0-9.]+ [kMGT]B are free there, "
         rf"but is '{tmp_path}/a/b' instead\.",
@@ -213,11 +213,11 @@ def test_space_counts_what_the_earlier_store_gives_back(made: Made, monkeypatch:
 
     monkeypatch.setattr(os, "statvfs", lambda path: Disk)
     held = sum(path.stat().st_blocks * 512 for path in made.path.rglob("*") if path.is_file())
-    session.check_space(made.path, 10_000 + held, replaced=True)
+    place.check_space(made.path, 10_000 + held, replaced=True)
     with pytest.raises(StoreError, match="must be on a disk with"):
-        session.check_space(made.path, 10_001 + held, replaced=True)
+        place.check_space(made.path, 10_001 + held, replaced=True)
     with pytest.raises(StoreError, match="must be on a disk with"):
-        session.check_space(made.path, 10_001)
+        place.check_space(made.path, 10_001)
 
 
 def test_rows_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -254,10 +254,10 @@ FULL = """
 import sys
 from pathlib import Path
 from nemo_qwen_hidden.errors import StoreError
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.helpers import draft, empty_part
 path = Path(sys.argv[1]) / "store"
-with session.locked(path):
+with place.locked(path):
     target = draft(empty_part(0))
     session.start(path, target, {})
     object.__setattr__(target, "model", {"x": "y" * 2_000_000})
@@ -311,7 +311,7 @@ def test_shards_that_are_sealed_are_not_sealed_again(tmp_path: Path, shared: Mad
     record, shards = session.to_seal(path, target)
     session.seal_shards(path, target, shards[:sealed], record.errors, rank=0)
     before = {str(file): file.stat().st_mtime_ns for file in path.glob("*/0*.safetensors")}
-    with session.locked(path):
+    with place.locked(path):
         session.resume(path, target, {})
         assert seal_all(path, target) == shards[sealed:]
         session.finish(path, target)
@@ -354,7 +354,7 @@ def test_a_crash_at_any_call_loses_no_truth(
             else:
                 resumed(path)
         elif path.exists():
-            with session.locked(path):
+            with place.locked(path):
                 pass
         if path.exists():
             if (path / "unfinished.json").exists():
@@ -385,7 +385,7 @@ def test_what_the_journal_says_of_a_shard_that_has_gone_is_forgotten(
         file.unlink()
     else:
         os.truncate(file, 0 if spoil == "empty" else 300)
-    with session.locked(path):
+    with place.locked(path):
         session.resume(path, target, {})
         _, done = session.progress(path, target)
     assert done == dict.fromkeys(POINTS, RowSet([(0, ROWS)])) | {POINTS[0]: RowSet([(0, 10), (15, 8)])}
@@ -399,7 +399,7 @@ def test_resuming_makes_the_journal_one_file(tmp_path: Path) -> None:
     write_states(path, target, truth(target), [range(11, 13)])
     before = journal.read(path)
     for _ in range(2):
-        with session.locked(path):
+        with place.locked(path):
             session.resume(path, target, {})
         assert len(list((path / "journal").glob("*.jsonl"))) == 1
         assert journal.read(path) == before
@@ -425,7 +425,7 @@ def test_a_crash_after_the_marker_has_gone_leaves_a_store(made: Made) -> None:
     stale = journal.JournalWriter(made.path, 0)
     stale.rows({POINT: [(0, ROWS)]}, {})
     stale.close()
-    with session.locked(made.path):
+    with place.locked(made.path):
         assert session.find(made.path).unfinished is None
     assert tree(made.path) == before
 
@@ -447,7 +447,7 @@ def test_what_an_overwritten_store_held_is_never_believed(
     taken away; then the new job goes on."""
     path = tmp_path / "s"
     other = (POINTS[0], HookPoint("resid_post", 1), *POINTS[1:])
-    with session.locked(path), session.staging(path) as staged:
+    with place.locked(path), session.staging(path) as staged:
         part, _ = write_tokens(staged, LENGTHS, seed=seed)
         old = draft(part, points=other)
         session.start(path, old, {}, staged=staged)
@@ -459,7 +459,7 @@ def test_what_an_overwritten_store_held_is_never_believed(
     with monkeypatch.context() as patch, suppress(Crash):
         crash_at(patch, where)
         begin(path)
-    with session.locked(path), session.staging(path) as staged:
+    with place.locked(path), session.staging(path) as staged:
         part, _ = write_tokens(staged, LENGTHS)
         found = session.find(path).unfinished
         if found is None or found.points == other:
@@ -477,7 +477,7 @@ def test_other_documents_do_not_take_the_place_of_lost_ones(tmp_path: Path) -> N
     path = tmp_path / "s"
     target = unfinished(path)
     (path / "tokens/000000.safetensors").unlink()
-    with session.locked(path), session.staging(path) as staged:
+    with place.locked(path), session.staging(path) as staged:
         write_tokens(staged, LENGTHS[::-1])
         with pytest.raises(StoreError, match=r"must give tokens/0+.safetensors the content") as caught:
             session.resume(path, target, {}, staged=staged)
@@ -488,5 +488,5 @@ def test_a_marker_of_a_later_release_is_refused(tmp_path: Path) -> None:
     begin(tmp_path)
     text = (tmp_path / "unfinished.json").read_text()
     (tmp_path / "unfinished.json").write_text(text.replace('"version": 1', '"version": 9'))
-    with session.locked(tmp_path), pytest.raises(StoreError, match="which this release of nemo_qwen_hidden goes on"):
+    with place.locked(tmp_path), pytest.raises(StoreError, match="which this release of nemo_qwen_hidden goes on"):
         session.find(tmp_path)

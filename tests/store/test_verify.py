@@ -18,7 +18,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.header import read_header
 from nemo_qwen_hidden.store.upkeep.verify import verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from tests.store.crafted import PARTS, Crafted, craft, rewrite
 
 SHARD = "resid_post@3/000001.safetensors"
@@ -333,7 +333,7 @@ def test_a_norm_on_the_bound_between_two_bins(tmp_path: Path) -> None:
 
 
 def test_what_an_unfinished_job_is_making(store: Path) -> None:
-    with session.locked(store):
+    with place.locked(store):
         found = session.find(store).finished
         assert found is not None
         point = HookPoint("resid_post", 2)

@@ -20,7 +20,7 @@ import torch
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.entries import HookPointEntry
 from nemo_qwen_hidden.store.manifest import Manifest
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 from nemo_qwen_hidden.store.write.step_files import StepFiles
 from nemo_qwen_hidden.store.write.steps import GrowingStore
 from nemo_qwen_hidden.store.write.writer import ShardWriter
@@ -54,7 +54,7 @@ def replacing(path: Path) -> None:
 
 def adding(path: Path) -> None:
     """A hook point more."""
-    with session.locked(path):
+    with place.locked(path):
         found = session.find(path)
         assert found.finished is not None or found.unfinished is not None
         if found.unfinished is None:
@@ -101,7 +101,7 @@ JOBS: tuple[Job, ...] = (new, overwriting, replacing, adding, growing, going_bac
 
 
 def _work(path: Path, points: tuple[HookPoint, ...], producer: dict[str, str], *, overwrites: bool = False) -> None:
-    with session.locked(path):
+    with place.locked(path):
         found = session.find(path)
         with session.staging(path) as staged:
             part, _ = write_tokens(staged, LENGTHS, shard_rows=SHARD_ROWS)
@@ -146,7 +146,7 @@ def _prepared(job: Job, store: Path) -> None:
 
 def _leave_other(store: Path, *, documents: int, finished: bool) -> None:
     """Other states of a hook point that the new job has too, and of others; every shard is done."""
-    with session.locked(store):
+    with place.locked(store):
         with session.staging(store) as staged:
             part, _ = write_tokens(staged, LENGTHS, shard_rows=SHARD_ROWS, seed=documents)
             target = draft(part, points=(POINTS[0], *POINTS[2:]), stored_dtype="bf16")

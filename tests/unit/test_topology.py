@@ -177,4 +177,4 @@ def test_layouts_that_do_not(topology: Topology, problems: list[tuple[str, str, 
 def test_tp_divides_the_vocabulary_of_a_model_that_is_trained() -> None:
     assert vocabulary_problems(Topology(tp=2), 151936) == []
     (problem,) = vocabulary_problems(Topology(tp=2), 383)
-    assert str(problem) == "`parallel.tp` must divide `vocab_size` (383) for training, but is 2 instead"
+    assert str(problem) == "`parallel.tp` must divide `vocab_size` (383) for training, but is 2 instead."

@@ -27,7 +27,7 @@ from nemo_qwen_hidden.store.table import lines_name, table_name
 from nemo_qwen_hidden.store.upkeep.checked import BLOCK_BYTES, BytesReport, Meter, no_report
 from nemo_qwen_hidden.store.upkeep.merge_checks import differences, shared_data
 from nemo_qwen_hidden.store.upkeep.verify import read_manifest, verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 
 WORK = "merged"
 INTO = "--into"
@@ -81,11 +81,11 @@ def merge(
     raise_all([*differences(named), *shared_data(named)])
     raise_all(list(shared_documents(folders, manifests)))
     target, copies = _merged(folders, manifests, {"work": WORK, "stores": list(named), **(producer or {})})
-    with session.locked(target_folder):
+    with place.locked(target_folder):
         if _is_there(target_folder, target):
             return Merged(path=target_folder, manifest=read_manifest(target_folder), linked=0, copied=0)
         if copy:
-            session.check_space(target_folder, sum(entry.bytes for _, entry in copies.values()), replaced=True)
+            place.check_space(target_folder, sum(entry.bytes for _, entry in copies.values()), replaced=True)
         _begin(target_folder, named)
         linked = _put(target_folder, copies, copy=copy, report=report)
         session.finish(target_folder, target)

@@ -13,7 +13,7 @@ from nemo_qwen_hidden.store.format import MANIFEST, TOKENS, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.upkeep.checked import BytesReport, no_report
 from nemo_qwen_hidden.store.upkeep.verify import Finding, Report, verify
-from nemo_qwen_hidden.store.write import session
+from nemo_qwen_hidden.store.write import place, session
 
 _REPLACED = ("store.path=", "store.add=", "store.overwrite=")
 
@@ -42,7 +42,7 @@ def repair(path: str | os.PathLike[str], *, report: BytesReport = no_report) -> 
     """
     folder = Path(path)
     verify(folder)  # what is no store is left without a trace of a lock
-    with session.locked(folder):
+    with place.locked(folder):
         found = verify(folder, full=True, report=report)
         if not found.findings:
             return Repair(found=found)

@@ -1,15 +1,14 @@
-"""The life of a store that is being made, or added to. One process at a time, which holds ``locked``.
+"""The life of a store that is being made, or added to. One process at a time, which has ``place.locked`` its folder.
 
-``check_target`` before anything is loaded; ``find`` what is there; ``start`` a new job or ``resume`` the one that a
-crash has ended; then every rank writes through a ``ShardWriter`` and closes it; then shards are sealed (see ``seal``)
-and ``finish`` makes the manifest. ``discard`` takes away a store of which nothing is durable yet.
+``place.check_target`` before anything is loaded; ``find`` what is there; ``start`` a new job or ``resume`` the one
+that a crash has ended; then every rank writes through a ``ShardWriter`` and closes it; then shards are sealed (see
+``seal``) and ``finish`` makes the manifest. ``discard`` takes away a store of which nothing is durable yet.
 """
 
 import hashlib
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -23,7 +22,7 @@ from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.plan.rowset import RowSet, union
 from nemo_qwen_hidden.store.entries import ShardEntry
 from nemo_qwen_hidden.store.fields import Fields, load_json, to_json
-from nemo_qwen_hidden.store.files import naming_full_disk, naming_store, read_inside, sync_folder, write_durably
+from nemo_qwen_hidden.store.files import naming_store, read_inside, sync_folder, write_durably
 from nemo_qwen_hidden.store.folder import MARKER_FORMAT, remove, remove_if_empty, survey
 from nemo_qwen_hidden.store.format import (
     JOB_LOCK,
@@ -36,7 +35,6 @@ from nemo_qwen_hidden.store.format import (
     TOKENS,
     VERSIONS_READ,
     Shard,
-    human_bytes,
     shard_name,
 )
 from nemo_qwen_hidden.store.manifest import Manifest
@@ -44,7 +42,8 @@ from nemo_qwen_hidden.store.shard import header_of
 from nemo_qwen_hidden.store.statistics import StoredError
 from nemo_qwen_hidden.store.write import journal
 from nemo_qwen_hidden.store.write.journal import JournalWriter, Record
-from nemo_qwen_hidden.store.write.locks import job_lock, rank_lock, wait_for_ranks
+from nemo_qwen_hidden.store.write.locks import rank_lock, wait_for_ranks
+from nemo_qwen_hidden.store.write.place import check_space, naming_path
 from nemo_qwen_hidden.store.write.seal import measure, publish
 from nemo_qwen_hidden.trace.record import UNTRACED, Trace
 
@@ -63,68 +62,11 @@ class Found:
     grows: bool = False
 
 
-def check_target(path: Path) -> None:
-    """Whether a job can work at ``path``; leaves everything as it is.
-
-    Raises:
-        StoreError: something else than a store is there; or the folder cannot be written.
-    """
-    with _naming_path(path):
-        existing = _nearest_existing(path)
-        if existing == path:
-            contents = survey(path)
-            if contents.foreign and not contents.finished and (path / MANIFEST).is_file() and (path / TOKENS).is_dir():
-                rule = "must be the manifest of a store; it is damaged, or of something else: take it from a copy, or "
-                raise StoreError(str(path / MANIFEST), f"{rule}delete the folder to start again", "unreadable")
-            if contents.foreign:
-                stranger = contents.foreign[0]
-                rule = f"must be a new folder, an empty one or a store; this one holds `{stranger}`, part of none"
-                raise StoreError("store.path", rule, str(path))
-        with tempfile.TemporaryFile(dir=existing):  # the only sure answer: rights, read-only mounts, odd file systems
-            pass
-
-
-def check_space(path: Path, needed_bytes: int, *, replaced: bool = False) -> None:
-    """Whether the disk of ``path`` has room for ``needed_bytes`` more. replaced: what is there of ours goes first.
-
-    Raises:
-        StoreError: it has not; says how much is needed and how much is free.
-    """
-    with _naming_path(path):
-        existing = _nearest_existing(path)
-        disk = os.statvfs(existing)
-        free = disk.f_bavail * disk.f_frsize
-        if replaced and existing == path:
-            free += survey(path).bytes
-    if free < needed_bytes:
-        rule = f"must be on a disk with {human_bytes(needed_bytes)} free, and {human_bytes(free)} are free there"
-        raise StoreError("store.path", rule, str(path))
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """While entered, no other job works on the store at ``path``. Makes the folder, and folders above it; takes away
-    again what it has made and nobody has used.
-
-    Raises:
-        StoreError: as ``check_target``, or another job is at work and says who.
-    """
-    check_target(path)
-    made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]  # the deepest first
-    with ExitStack() as stack:
-        stack.callback(_remove_unused, made)
-        with _naming_path(path):
-            stack.enter_context(job_lock(path))
-        stack.callback(_tidy, path)  # before the lock goes, and its file with it
-        check_target(path)
-        yield
-
-
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
     """A temporary folder in the store, for a token table that is written before ``start``; called while ``locked``."""
     folder = path / JOURNAL / STAGED
-    with _naming_path(path):
+    with naming_path(path):
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
@@ -132,11 +74,6 @@ def staging(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def exists(path: Path) -> bool:
-    """Whether there is a store at ``path``, finished or not."""
-    return (path / MANIFEST).exists() or (path / MARKER).exists()
 
 
 def find(path: Path) -> Found:
@@ -168,7 +105,7 @@ def start(
         StoreError: no space is left, or the folder cannot be written.
     """
     check_space(path, sum(header_of(shard, target)[1].size_bytes for shard in target.missing()), replaced=fresh)
-    with _naming_path(path):
+    with naming_path(path):
         # journal before marker: what an earlier job has claimed is not to be believed of this one's target
         remove(file for file in survey(path).files if file.parent.name == JOURNAL and file.suffix != _LOCK)
         sync_folder(path / JOURNAL)
@@ -196,7 +133,7 @@ def resume(path: Path, target: Manifest, files: Mapping[str, bytes], *, staged: 
     Args:
         files, staged: as for ``start``; used where the store lacks them.
     """
-    with _naming_path(path):
+    with naming_path(path):
         _write_marker(path, target)
         wait_for_ranks(path)
         _drop_false_manifest(path, target)
@@ -324,7 +261,7 @@ def grow(path: Path, whole: Manifest, kept: Manifest) -> None:
     Raises:
         StoreError: no space is left, or the folder cannot be written.
     """
-    with _naming_path(path):
+    with naming_path(path):
         if whole.parts and _listed(path) != {file.file for file in whole.files()}:
             publish_manifest(path, whole)  # before the journal goes
         remove(file for file in survey(path).files if file.parent.name == JOURNAL and file.suffix != _LOCK)
@@ -352,7 +289,7 @@ def discard(path: Path) -> bool:
     record = journal.read(path)
     if record.sealed or record.added or any(map(len, record.rows.values())):
         return False
-    with _naming_path(path):
+    with naming_path(path):
         _clear(path, {MANIFEST, *_listed(path)} if (path / MANIFEST).exists() else set())
         remove([path / MARKER])
         sync_folder(path)
@@ -449,17 +386,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _nearest_existing(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists."""
-    existing = path.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        rule = "must be a folder" if existing == path.absolute() else f"must lie in a folder, and {existing} is none"
-        raise StoreError("store.path", rule, str(path))
-    return path if existing == path.absolute() else existing
-
-
 def _names(target: Manifest) -> set[str]:
     """Files that may lie in a folder that is to become ``target``, but for the journal's."""
     missing = [f"{point}/{shard_name(number)}" for point, number in target.missing()]
@@ -476,29 +402,3 @@ def _clear(path: Path, kept: set[str]) -> None:
         remove_if_empty(folder)
         if folder.exists():
             sync_folder(folder)
-
-
-def _tidy(path: Path) -> None:
-    """Takes the journal away where no job is unfinished. Who waits for a lock in it finds it gone and makes another, or
-    makes one in it at this very moment and keeps it."""
-    if not (path / MARKER).exists() and (path / JOURNAL).is_dir():
-        shutil.rmtree(path / JOURNAL, ignore_errors=True)
-
-
-def _remove_unused(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir():
-            remove_if_empty(folder)
-
-
-@contextmanager
-def _naming_path(path: Path) -> Iterator[None]:
-    """Turns what the file system says about ``path`` into a StoreError that names the setting."""
-    try:
-        with naming_full_disk(path, MARKER):
-            yield
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        rule = f"must be a folder that can be made and written ({error.strerror})"
-        raise StoreError("store.path", rule, str(path)) from error

@@ -36,7 +36,7 @@ from nemo_qwen_hidden.store.files import naming_store, sync_files, sync_folder
 from nemo_qwen_hidden.store.format import JOURNAL, STAGED, TOKENS, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.table import lines_name, table_name
-from nemo_qwen_hidden.store.write import journal, session
+from nemo_qwen_hidden.store.write import journal, place, session
 from nemo_qwen_hidden.store.write.journal import Added, JournalWriter
 from nemo_qwen_hidden.store.write.step_files import StepTarget
 from nemo_qwen_hidden.store.write.token_writer import TokenTableWriter
@@ -79,7 +79,7 @@ class GrowingStore:
             raise ValueError("what the store is must be said by a manifest without parts and shards")
         self.path, self._what, self._shard_rows = path, what, shard_rows
         with ExitStack() as stack:
-            stack.enter_context(session.locked(path))
+            stack.enter_context(place.locked(path))
             self._base = manifest = self._open(resume_at)
             stack.callback(session.discard, path)
             self._parts = list(manifest.parts)
