@@ -18,7 +18,7 @@ from nemo_qwen_hidden.checkpoint.nemo_context import is_nemo
 from nemo_qwen_hidden.checkpoint.opened import Weights, open_weights
 from nemo_qwen_hidden.checkpoint.tensors import OUTPUT
 from nemo_qwen_hidden.checkpoint.to_huggingface import write_huggingface
-from nemo_qwen_hidden.errors import CheckpointError, HiddenStatesError
+from nemo_qwen_hidden.errors import CheckpointError, HiddenStatesError, UnsupportedModelError
 from nemo_qwen_hidden.progress import Phase, Report, silent
 from nemo_qwen_hidden.store.files import sync_files, sync_folder
 
@@ -152,6 +152,11 @@ def _import(folder: Path, to: Path, architecture: Architecture, adapter: Adapter
     for name, why in (("tokenizer_config.json", "a tokenizer"), ("generation_config.json", "it")):
         if not (folder / name).is_file():
             raise CheckpointError("SOURCE", f"must hold {name}: NeMo's importer needs {why}", str(folder))
+    for name in ("config.json", "tokenizer_config.json"):
+        # NeMo 2.7.3 asks transformers to trust it (lightning/io/connector.py:323)
+        if "auto_map" in (folder / name).read_text(encoding="utf-8"):
+            rule = "must have no `auto_map`: NeMo's importer would execute the code that it names"
+            raise UnsupportedModelError(f"SOURCE: {name}", rule, str(folder))
     from nemo_qwen_hidden.training.importer import import_huggingface
 
     import_huggingface(folder, to, adapter)

@@ -136,3 +136,11 @@ def model_problems(
             problems.append(ConfigError("parallel.tp", f"must divide `{what}` ({size})", topology.tp))
             break  # one line says enough of one setting
     return problems
+
+
+def vocabulary_problems(topology: Topology, vocab_size: int) -> list[UserError]:
+    """Why a model with this vocabulary cannot be trained in this layout, empty when it can: padding of the embedding
+    and the output layer would take part in the loss."""
+    if vocab_size % topology.tp == 0:
+        return []
+    return [ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nemo_qwen_hidden.checkpoint.architecture import Architecture, read_architecture
 from nemo_qwen_hidden.checkpoint.opened import open_weights
-from nemo_qwen_hidden.errors import ConfigError
+from nemo_qwen_hidden.errors import raise_all
 from nemo_qwen_hidden.model.spec import decoder_spec
 from nemo_qwen_hidden.model.weights import load_weights
 from nemo_qwen_hidden.plan.footprint import padded_vocab
 from nemo_qwen_hidden.plan.stages import megatron_layout
-from nemo_qwen_hidden.topology import Topology
+from nemo_qwen_hidden.topology import Topology, vocabulary_problems
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -159,9 +159,7 @@ def configure_training(
         ConfigError: the vocabulary would have to be padded; the padding would take part in the loss.
     """
     architecture = read_architecture(folder)
-    vocab_size = architecture.shape.vocab_size
-    if vocab_size % topology.tp:
-        raise ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
+    raise_all(vocabulary_problems(topology, architecture.shape.vocab_size))
     wanted: dict[str, Any] = dict(
         output_layer=True,
         weights=str(folder),

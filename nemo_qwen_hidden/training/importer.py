@@ -18,7 +18,7 @@ from nemo.lightning import io
 
 from nemo_qwen_hidden.checkpoint.adapter import Adapter
 from nemo_qwen_hidden.model.spec import decoder_spec, transformer_engine_runs
-from nemo_qwen_hidden.parallel.host import megatron_on_host, training_on_host
+from nemo_qwen_hidden.parallel.host import training_on_host
 from nemo_qwen_hidden.parallel.launch import Rank
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.topology import Topology
@@ -45,7 +45,8 @@ def import_huggingface(source: Path, to: Path, adapter: Adapter | None = None) -
     """
     with tempfile.TemporaryDirectory(prefix="nemo_qwen_hidden-") as folder:
         rank = Rank(rank=0, world=1, rendezvous=Path(folder) / "rendezvous", send=lambda event: None, pulse=Pulse())
-        with as_if_torchrun(rank), _without_groups_afterwards():
+        # NeMo tears its trainer down at the end alone: what fails on the way would leave groups and stand-ins behind
+        with as_if_torchrun(rank), _without_groups_afterwards(), training_on_host():
             kind = HFQwen2Importer if transformer_engine_runs() else QwenImporter
             importer = kind(str(source))
             importer.rendezvous, importer.folder = rank.rendezvous, Path(folder)
@@ -80,7 +81,7 @@ class QwenImporter(HFQwen2Importer):
     folder: Path | None = None  # for the tokenizer until it is in the checkpoint; None: one that stays
 
     def nemo_setup(self, model: Any, trainer: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As NeMo's, with a strategy that does without a GPU."""
+        """As NeMo's, with a strategy that does without a GPU until NeMo tears it down, when all is saved."""
         if trainer is None:
             dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.config.params_dtype, "fp32")
             strategy = megatron_strategy(
@@ -93,13 +94,7 @@ class QwenImporter(HFQwen2Importer):
             trainer = nl.Trainer(
                 devices=1, accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False
             )
-        with megatron_on_host():
-            return super().nemo_setup(model, trainer, *args, **kwargs)
-
-    def nemo_save(self, output_path: Path, trainer: Any, dump_io: bool = True) -> None:
-        """As NeMo's."""
-        with training_on_host():
-            super().nemo_save(output_path, trainer, dump_io)
+        return super().nemo_setup(model, trainer, *args, **kwargs)
 
     def convert_state(self, source: Any, target: Any) -> Any:
         """As NeMo's, under the names that the model has."""
@@ -108,7 +103,9 @@ class QwenImporter(HFQwen2Importer):
 
     @property
     def config(self) -> Qwen2Config:
-        """As NeMo's; what only this process needs is not written into the context."""
+        """As NeMo's; what only this process needs is not written into the context. Without Transformer Engine NeMo's
+        layers have norms in fp32 whatever the dtype (Megatron 0.16.1, ``transformer/torch_norm.py``), which it then
+        refuses to fill in another (``lightning/io/state.py:232``)."""
         config = super().config
         config.transformer_layer_spec = decoder_spec
         config.use_cpu_initialization = True

@@ -20,7 +20,7 @@ from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
 from nemo_qwen_hidden.store.write.locks import Lockable
 from nemo_qwen_hidden.store.write.place import exists
-from nemo_qwen_hidden.topology import Topology, model_problems
+from nemo_qwen_hidden.topology import Topology, model_problems, vocabulary_problems
 
 CHECKPOINTS = "checkpoints"
 """Where NeMo keeps the checkpoints of a run (``lightning/nemo_logger.py`` of 2.7.3)."""
@@ -182,14 +182,10 @@ def _require_own(run_path: Path, settings: FinetuneSettings) -> None:
 
 
 def _training_problems(settings: FinetuneSettings, architecture: Architecture, topology: Topology) -> list[UserError]:
-    problems: list[UserError] = []
-    train, vocab_size = settings.train, architecture.shape.vocab_size
+    train = settings.train
+    problems = vocabulary_problems(topology, architecture.shape.vocab_size)
     if train.lora_dim is not None and topology.vp > 1:  # NeMo would leave the adapter out of checkpoints
         problems.append(ConfigError("parallel.vp", "must be 1 where `train.lora_dim` is given", topology.vp))
-    if vocab_size % topology.tp:  # padding would take part in the loss
-        problems.append(
-            ConfigError("parallel.tp", f"must divide `vocab_size` ({vocab_size}) for training", topology.tp)
-        )
     at_once = train.micro_batch_size * topology.dp
     if train.global_batch_size % at_once:
         rule = f"must be a multiple of `train.micro_batch_size` times the replicas ({at_once})"

@@ -310,7 +310,7 @@ HELP = {
     "": ["extract", "plan", "inspect", "torchrun", "examples:", "exit status", "130"],
     "extract": ["--settings", "--config", "model.path=", "capture.hook_points=", "data.path=", "store.path=", "Ctrl-C"],
     "plan": ["--settings", "Loads no weights", "model.path=", "--gpus", "--tokens", "--shape", "examples:"],
-    "convert": ["SOURCE", "TARGET", "NeMo 2", "--quiet", "examples:", "docs/checkpoints.md"],
+    "convert": ["SOURCE", "TARGET", "NeMo 2", "--adapter", "--quiet", "examples:", "docs/checkpoints.md"],
     "inspect": ["--json", "STORE", "open_store"],
     "finetune": [
         "--settings",

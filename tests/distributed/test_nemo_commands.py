@@ -18,7 +18,7 @@ from tests.conftest import Start
 from tests.distributed.conftest import NemoFolders
 from tests.support.crafted_nemo import craft
 from tests.support.models import Tiny, ragged_batch, save_tiny, write_documents
-from tests.support.nemo import converted, imported_by_nemo
+from tests.support.nemo import converted, imported_by_nemo, importers
 
 pytestmark = pytest.mark.distributed
 POINTS = "capture.hook_points=[embed,resid_post@1,final_norm]"
@@ -176,12 +176,36 @@ def test_nemos_own_command_imports_right_once_the_importer_is_registered(
     assert convert(str(tmp_path / "nemo"), str(tmp_path / "back")).sha256 == _sha256(nemo_folders.huggingface)
 
 
-def test_nemos_own_importer_knows_transformer_engines_norms_alone() -> None:
-    """Where it names those of local layers, too, ``training/importer.py`` is not needed."""
+def test_each_part_of_our_importer_is_needed(nemo_folders: NemoFolders, tmp_path: Path, start_ranks: Start) -> None:
+    """Where one of these fails, ``training/importer.py`` can do without the part that it names."""
+    found, tidied = start_ranks(1, importers, nemo_folders.half_huggingface, tmp_path)[0]
+    norm = load_file(nemo_folders.half_huggingface / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert found["ours"] == (str(float(norm[0])), False)
+    assert found["nemo_setup"][0] == "ImportError"  # asynchronous checkpoints, before CUDA is asked for
+    assert found["config"] == ("AssertionError", True)  # norms in fp32; True: `_without_groups_afterwards`
+    assert found["convert_state"][0] == "1.0" != str(float(norm[0]))  # norms that were passed over
+    assert tidied
+
+
+def test_nemo_takes_one_folder_for_the_tokenizers_of_all_imports() -> None:
+    """And trusts the code that comes with one."""
     (nemo,) = find_spec("nemo").submodule_search_locations  # type: ignore[union-attr, misc]
-    source = Path(nemo, "collections/llm/gpt/model/qwen2.py").read_text(encoding="utf-8")
-    importer = source[source.index("class HFQwen2Importer") : source.index("class HFQwen2Exporter")]
-    assert "mlp.linear_fc1.layer_norm_weight" in importer and "pre_mlp_layernorm" not in importer
+    source = Path(nemo, "lightning/io/connector.py").read_text(encoding="utf-8")
+    assert 'save_path="/tmp/nemo_tokenizer"' in source
+    assert "from_pretrained(tokenizer_name_or_path, trust_remote_code=True)" in source
+
+
+def test_convert_executes_no_code_of_a_tokenizer(
+    nemo_folders: NemoFolders, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(nemo_folders.huggingface, tmp_path / "folder"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["tokenization.Evil", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenization.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    assert main(["convert", str(folder), str(tmp_path / "new")]) == 2
+    assert "`SOURCE: tokenizer_config.json` must have no `auto_map`" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
 
 def _sha256(folder: Path) -> str:

@@ -1,7 +1,6 @@
 """NeMo 2 checkpoints for tests, written by NeMo's own Trainer, and NeMo's own LoRA."""
 
 from collections.abc import Sequence
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,18 +42,44 @@ def trained(rank: Rank, job: Job, folder: Path, to: Path, target_modules: Sequen
         return Outcome(pieces=pieces_of(trainer))
 
 
-def _may_have_children() -> None:
-    """Megatron writes a checkpoint in processes of its own (dist_checkpointing/strategies/filesystem_async.py:266),
-    which a rank, being one that ends with its parent, may not start."""
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-
-
 def converted(rank: Rank, source: Path, target: Path, adapter: str | None = None) -> Any:
     """What ``convert`` says that it did; here, because NeMo is imported already."""
     from nemo_qwen_hidden.conversion import convert
 
-    _may_have_children()
     return convert(str(source), str(target), adapter=adapter)
+
+
+def importers(rank: Rank, source: Path, folder: Path) -> tuple[dict[str, tuple[str, bool]], bool]:
+    """Of our importer with one thing as in NeMo's: what it raises, or what the first norm then begins with; and whether
+    it leaves its process groups behind. After these and ``import_huggingface``, whether the stand-ins are gone."""
+    from nemo.collections.llm.gpt.model.qwen2 import HFQwen2Importer
+
+    from nemo_qwen_hidden.parallel.host import _forward_stand_ins, _training_stand_ins, training_on_host
+    from nemo_qwen_hidden.training.importer import QwenImporter, _without_groups_afterwards, import_huggingface
+    from nemo_qwen_hidden.training.ranks import as_if_torchrun
+
+    replaced = [(owner, name) for owner, name, _ in (*_forward_stand_ins(), *_training_stand_ins())]
+    before = [getattr(owner, name) for owner, name in replaced]
+    import_huggingface(source, folder / "ours")
+    found = {"ours": (_first_norm(folder / "ours"), dist.is_initialized())}
+    for name in ("nemo_setup", "config", "convert_state"):
+        importer = type("Importer", (QwenImporter,), {name: getattr(HFQwen2Importer, name)})(str(source))
+        importer.rendezvous, importer.folder = rank.rendezvous.with_name(name), folder / f"tokenizer-{name}"
+        with as_if_torchrun(rank), _without_groups_afterwards(), training_on_host():
+            try:
+                importer.apply(folder / name)
+                found[name] = _first_norm(folder / name), dist.is_initialized()
+            except (AssertionError, ImportError) as error:
+                found[name] = type(error).__name__, dist.is_initialized()
+    return found, before == [getattr(owner, name) for owner, name in replaced]
+
+
+def _first_norm(folder: Path) -> str:
+    from nemo_qwen_hidden.checkpoint.architecture import read_architecture
+    from nemo_qwen_hidden.checkpoint.nemo_tensors import NemoTensors
+
+    tensors = NemoTensors.of(folder, read_architecture(folder).shape)
+    return str(float(tensors.read("layers.0.input_layernorm.weight")[0]))
 
 
 def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
@@ -65,7 +90,6 @@ def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
     from nemo_qwen_hidden.training.importer import register_importer
     from nemo_qwen_hidden.training.ranks import as_if_torchrun
 
-    _may_have_children()
     register_importer()
     with mock.patch.dict("os.environ"), as_if_torchrun(rank):
         llm.import_ckpt(
@@ -77,7 +101,6 @@ def imported_by_nemo(rank: Rank, source: Path, target: Path) -> None:
 
 def written(rank: Rank, work: Sequence[tuple[Any, ...]]) -> list[Outcome]:
     """``trained`` several times on the same ranks."""
-    _may_have_children()
     return [trained(rank, *each) for each in work]
 
 

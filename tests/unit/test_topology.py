@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from nemo_qwen_hidden.errors import ConfigError
-from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp
+from nemo_qwen_hidden.topology import Topology, model_problems, resolve_dp, vocabulary_problems
 
 # rank: (tp, dp, pp)
 TP2_DP2_PP2 = {
@@ -172,3 +172,9 @@ def test_layouts_that_fit_the_model(topology: Topology) -> None:
 def test_layouts_that_do_not(topology: Topology, problems: list[tuple[str, str, int]]) -> None:
     found = model_problems(topology, **HALF_B)
     assert [(problem.setting, problem.rule, problem.value) for problem in found] == problems
+
+
+def test_tp_divides_the_vocabulary_of_a_model_that_is_trained() -> None:
+    assert vocabulary_problems(Topology(tp=2), 151936) == []
+    (problem,) = vocabulary_problems(Topology(tp=2), 383)
+    assert str(problem) == "`parallel.tp` must divide `vocab_size` (383) for training, but is 2 instead."
