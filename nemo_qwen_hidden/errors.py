@@ -1,6 +1,7 @@
 """What can go wrong, as types. The command line turns ``UserError`` into one line and exit status 2."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class HiddenStatesError(Exception):
@@ -86,6 +87,17 @@ def status_of(error: BaseException) -> int:
 
 class CoverageError(HiddenStatesError, RuntimeError):
     """After a run, some rows were written not at all or more than once: a fault of ours, never the user's."""
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about an argument are about what the user has set: from the one's name to the other's."""
+    try:
+        yield
+    except UserError as error:
+        if error.setting not in names:
+            raise
+        raise type(error)(names[error.setting], error.rule, error.value) from error
 
 
 def raise_all(problems: Sequence[UserError]) -> None:

@@ -56,6 +56,10 @@ def _facts(seen: Outlook) -> Facts:
         ("step", f"{train.global_batch_size} sequences of {train.seq_length:,} tokens, {_microbatches(seen)}"),
         ("recompute", train.recompute + (f", {train.recompute_layers} layers" if train.recompute_layers > 1 else "")),
     ]
+    if train.lora_dim is not None:
+        trained, whole = (sum(getattr(each, name) for each in seen.memory) for name in ("trained", "parameters"))
+        share = f"{trained * topology.tp:,} of {whole * topology.tp:,} numbers"
+        facts.append(("trained", f"a LoRA of dimension {train.lora_dim:,}, {share}"))
     if topology.pp > 1:
         waits = bubble(topology, seen.microbatches)
         schedule = "1F1B" if topology.vp == 1 else "interleaved 1F1B"

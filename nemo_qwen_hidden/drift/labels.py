@@ -72,23 +72,32 @@ def from_field(probe: ProbeSet, step: int, field: str, path: str, *, id_field: s
             another kind, or not one for each token; no document has one.
     """
     tokens, ids = probe.tokens(step), probe.document_ids(step)
-    found: dict[str, object] = {}
-    for name, value in read_fields(path, field, id_field=id_field):
-        if found.setdefault(name, value) != value and name in ids:
-            raise DataError("labels", f"must be the same in all records with one id ('{path}' has others)", name)
-    of_rows: list[str | None] = []
-    for number, name in enumerate(ids):
-        if name not in found:
-            raise DataError(
-                "labels", f"must lie in a record for each document of the probe set ('{path}' lacks one)", name
-            )
-        of_rows += _of_document(found[name], len(tokens.document_rows(number)), f"`{field}` of {name!r} in '{path}'")
+    documents = [(name, len(tokens.document_rows(number))) for number, name in enumerate(ids)]
+    of_rows = of_records(documents, field, path, id_field=id_field)
     classes = sorted({label for label in of_rows if label is not None})
-    if not classes:
-        raise DataError("labels", f"must name a field of the records in '{path}'", field)
     numbers = {label: number for number, label in enumerate(classes)}
     given = np.array([UNLABELLED if label is None else numbers[label] for label in of_rows], np.int64)
     return _of_rows(probe, step, field, tuple(classes), given)
+
+
+def of_records(
+    documents: Sequence[tuple[str, int]], field: str, path: str, *, id_field: str = "id"
+) -> list[str | None]:
+    """The label of each token of ``documents``, each with its id and its number of tokens; None where there is none.
+    Raises as ``from_field``."""
+    ids, found = {name for name, _ in documents}, dict[str, object]()
+    for name, value in read_fields(path, field, id_field=id_field):
+        if found.setdefault(name, value) != value and name in ids:
+            raise DataError("labels", f"must be the same in all records with one id ('{path}' has others)", name)
+    labels: list[str | None] = []
+    for name, tokens in documents:
+        if name not in found:
+            rule = f"must lie in a record for each document of the probe set ('{path}' lacks one)"
+            raise DataError("labels", rule, name)
+        labels += _of_document(found[name], tokens, f"`{field}` of {name!r} in '{path}'")
+    if all(label is None for label in labels):
+        raise DataError("labels", f"must name a field of the records in '{path}'", field)
+    return labels
 
 
 def _of_document(value: object, tokens: int, place: str) -> Sequence[str | None]:

@@ -185,13 +185,15 @@ def left_as_made(weight: Tensor) -> Tensor:
 
 
 def causal_forward_step(model: Any, batch: dict[str, Any]) -> Tensor:
-    """NeMo's forward step of a GPT, without an attention mask: ours and Transformer Engine's attention are causal
-    without one, where NeMo's own step asks for it (NeMo 2.7.3, ``collections/llm/gpt/model/base.py:135``). Documents of
-    a pack (``cu_seqlens``) do not see each other, as in NeMo's."""
+    """NeMo's forward step of a GPT, which does not have to be given an attention mask: ours and Transformer Engine's
+    attention are causal without one, where NeMo's own step asks for it (NeMo 2.7.3,
+    ``collections/llm/gpt/model/base.py:135``). Documents of a pack (``cu_seqlens``) do not see each other, and
+    what a mask hides is not seen, as in NeMo's."""
     packs = get_packed_seq_params(batch) if "cu_seqlens" in batch else None
     output: Tensor = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
+        attention_mask=batch.get("attention_mask"),
         labels=batch["labels"],
         packed_seq_params=packs,
     )

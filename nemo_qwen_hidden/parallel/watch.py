@@ -224,9 +224,12 @@ class Observer:
         moved = worked or starved or seen.mark != last.mark or seen.wants
         self._still_secs = 0.0 if moved else self._still_secs + secs
         self._seen = seen
-        frames = sys._current_frames()
-        helper = _helper(frames[self._main])
-        frame = frames.get(helper.ident or 0, frames[self._main]) if helper is not None else frames[self._main]
+        # The frames of all threads are kept in no variable: this one's would then be in a cycle with it, and whatever
+        # the main thread's hold, such as activations, would live until the collector comes.
+        frame = sys._current_frames()[self._main]
+        helper = _helper(frame)
+        if helper is not None:
+            frame = sys._current_frames().get(helper.ident or 0, frame)
         _, running = seen.mark
         return Beat(running=running, still_secs=self._still_secs, waits=_waits(frame), where=_where(frame))
 

@@ -27,6 +27,7 @@ STEPS_AHEAD = 2
 """Captured steps that wait or are written, beside the one that is captured."""
 
 _CUT_IN_A_LAYER = 6  # weights that tp cuts: QKV and its bias, projection, gate, up, down; beside two norms
+_LORA_WEIGHTS = 8  # of a layer: two for each of its linears
 _PIECE_BYTES = 1700  # that torch.save and the list of pieces take for each piece of a tensor; seen
 
 
@@ -36,8 +37,9 @@ class Training:
 
     stages: layer indices of each. tied: the output layer is the embedding table. itemsize: bytes of a number that is
     computed with. tokens: of one microbatch (micro_batch_size x seq_length). microbatches: of a replica in a step.
-    recompute, recompute_layers: as ``config.TrainSettings``. points: that are captured. captured_rows: of each store,
-    tokens of its largest step, of all ranks; captured_itemsize: bytes of a number as it waits for the disk.
+    lora_dim: of the LoRA of every linear, which alone is trained then; None: all weights are. recompute,
+    recompute_layers: as ``config.TrainSettings``. points: that are captured. captured_rows: of each store, tokens of
+    its largest step, of all ranks; captured_itemsize: bytes of a number as it waits for the disk.
     """
 
     shape: DecoderShape
@@ -50,6 +52,7 @@ class Training:
     microbatches: int
     recompute: str
     recompute_layers: int
+    lora_dim: int | None = None
     points: tuple[HookPoint, ...] = ()
     captured_rows: Sequence[int] = ()
     captured_itemsize: int = WIDE
@@ -67,11 +70,13 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of a rank. gradients: in fp32, where they are summed. optimizer: Adam's two moments, and in half precision
-    the weights in fp32. activations: what microbatches hold between forward and backward at most, and what a backward
-    pass makes of it on the way. states: captured, of one step. queue: captured, that may wait for the disk, at most."""
+    """Bytes of a rank. parameters: how many numbers, with those of a LoRA; trained: how many are. gradients: in fp32,
+    where they are summed. optimizer: Adam's two moments, and in half precision the weights in fp32. activations: what
+    microbatches hold between forward and backward at most, and what a backward pass makes of it on the way. states:
+    captured, of one step. queue: captured, that may wait for the disk, at most."""
 
     parameters: int
+    trained: int
     weights: int
     gradients: int
     optimizer: int
@@ -93,12 +98,17 @@ def optimizer_bytes(parameters: int, itemsize: int) -> int:
     return parameters * WIDE * (2 if itemsize == WIDE else 3)
 
 
-def checkpoint_bytes(shape: DecoderShape, *, tied: bool, tp: int, itemsize: int) -> int:
-    """Of weights and optimizer of a whole model in Megatron's distributed form, each number once."""
-    parameters = model_parameters(shape, tied=tied)
+def checkpoint_bytes(shape: DecoderShape, *, tied: bool, tp: int, itemsize: int, lora_dim: int | None = None) -> int:
+    """Of weights and optimizer of a whole model in Megatron's distributed form, each number once; of a LoRA those of
+    the adapter alone."""
     kinds = 3 if itemsize == WIDE else 4
-    tables = 1 if tied else 2
-    pieces = kinds * (shape.num_layers * (_CUT_IN_A_LAYER * tp + 2) + tables * tp + 1)
+    if lora_dim is None:
+        parameters = model_parameters(shape, tied=tied)
+        tables = 1 if tied else 2
+        pieces = kinds * (shape.num_layers * (_CUT_IN_A_LAYER * tp + 2) + tables * tp + 1)
+    else:
+        parameters = shape.num_layers * lora_parameters(shape, lora_dim, 1)
+        pieces = kinds * shape.num_layers * _LORA_WEIGHTS * tp
     return parameters * itemsize + optimizer_bytes(parameters, itemsize) + pieces * _PIECE_BYTES
 
 
@@ -108,6 +118,18 @@ def model_parameters(shape: DecoderShape, *, tied: bool) -> int:
     return shape.num_layers * layer_parameters(shape, 1) + shape.hidden_size + tables
 
 
+def lora_parameters(shape: DecoderShape, dim: int, tp: int) -> int:
+    """Of the LoRA of one layer on one rank: A [dim, in] and B [out, dim] of QKV, projection, gate with up, and down,
+    all of which tp cuts (``ParallelLinearAdapter`` of NeMo 2.7.3, ``collections/llm/peft/utils.py``)."""
+    hidden, inner, queries = shape.hidden_size, shape.ffn_hidden_size, shape.num_heads * shape.head_dim
+    qkv = queries + 2 * shape.num_query_groups * shape.head_dim
+    return dim * ((hidden + qkv) + (queries + hidden) + (hidden + 2 * inner) + (inner + hidden)) // tp
+
+
+def _layers(run: Training, rank: int) -> int:
+    return sum(len(run.stages[stage]) for stage in range(rank, len(run.stages), run.topology.pp))
+
+
 def rank_parameters(run: Training, rank: int) -> int:
     """Of pipeline rank ``rank``. A tied output layer on another rank than the embedding is a copy of it."""
     shape, tp, stages = run.shape, run.topology.tp, run.stages
@@ -115,8 +137,7 @@ def rank_parameters(run: Training, rank: int) -> int:
     table = padded_vocab(shape, tp) // tp * shape.hidden_size
     first, last = 0 in own, len(stages) - 1 in own
     tables = first + last - (first and last and run.tied)
-    layers = sum(len(stages[stage]) for stage in own)
-    return layers * layer_parameters(shape, tp) + tables * table + last * shape.hidden_size
+    return _layers(run, rank) * layer_parameters(shape, tp) + tables * table + last * shape.hidden_size
 
 
 def layer_bytes(run: Training) -> int:
@@ -128,6 +149,7 @@ def layer_bytes(run: Training) -> int:
     output      [T, Q] what comes in
     MLP         [T, F]: gate, up (twice), silu of the gate, what comes into the second linear
     angles      cosines and sines, of queries and keys, in fp32
+    LoRA        [T, dim] what comes into B, of four linears
     """
     shape, tp, cp = run.shape, run.topology.tp, run.topology.cp
     queries, keys = (heads * shape.head_dim // tp for heads in (shape.num_heads, shape.num_query_groups))
@@ -142,7 +164,8 @@ def layer_bytes(run: Training) -> int:
     if run.recompute == "selective":
         attention -= run.tokens * queries
     angles = 4 * run.seq_length // cp * shape.head_dim
-    return wide + (own + attention + run.tokens * 5 * inner + angles) * run.itemsize
+    lora = run.tokens * 4 * (run.lora_dim or 0)
+    return wide + (own + attention + run.tokens * 5 * inner + angles + lora) * run.itemsize
 
 
 def chunk_bytes(run: Training, stage: int) -> int:
@@ -179,26 +202,31 @@ def held_bytes(run: Training, rank: int) -> int:
 
 def _passing_bytes(run: Training, rank: int) -> int:
     """What a backward pass makes while all is held: on the last stage, where it begins, the gradient of the output
-    layer; else those of gate, of up and of their product."""
+    layer if that is trained; else those of gate, of up and of their product."""
     tp, shape = run.topology.tp, run.shape
     inner = 3 * run.tokens * shape.ffn_hidden_size // tp
-    table = padded_vocab(shape, tp) // tp * shape.hidden_size if rank == run.topology.pp - 1 else 0
+    last = rank == run.topology.pp - 1 and run.lora_dim is None
+    table = padded_vocab(shape, tp) // tp * shape.hidden_size if last else 0
     return max(inner, table) * run.itemsize
 
 
 def _adam_bytes(run: Training) -> int:
     """What a step of Adam makes of the largest weight, when no activation is left: twice its size in fp32."""
     shape, tp = run.shape, run.topology.tp
-    largest = max(padded_vocab(shape, tp), 2 * shape.ffn_hidden_size) // tp * shape.hidden_size
-    return 2 * largest * WIDE
+    rows = (
+        2 * shape.ffn_hidden_size
+        if run.lora_dim is not None
+        else max(padded_vocab(shape, tp), 2 * shape.ffn_hidden_size)
+    )
+    return 2 * (rows // tp * (run.lora_dim or shape.hidden_size)) * WIDE
 
 
 def _saving_bytes(run: Training, rank: int) -> int:
     """Copies of gate and up, which are one weight of Megatron's and two of a checkpoint's: of the weights and of all
     that the optimizer keeps for them. A piece of a larger tensor is copied before it is written, all of them before the
     first (``dist_checkpointing/strategies/filesystem_async.py`` of megatron-core 0.16.1, ``_clone_if_needed``)."""
-    layers = sum(len(run.stages[stage]) for stage in range(rank, len(run.stages), run.topology.pp))
-    gated = layers * 2 * run.shape.ffn_hidden_size // run.topology.tp * run.shape.hidden_size
+    columns = run.lora_dim or run.shape.hidden_size
+    gated = _layers(run, rank) * 2 * run.shape.ffn_hidden_size // run.topology.tp * columns
     return gated * run.itemsize + optimizer_bytes(gated, run.itemsize)
 
 
@@ -220,13 +248,17 @@ def _states_bytes(run: Training, rank: int) -> list[int]:
 
 def rank_memory(run: Training, rank: int) -> RankMemory:
     """Of a rank at ``rank`` of the pipeline."""
-    parameters = rank_parameters(run, rank)
+    dim = run.lora_dim
+    lora = 0 if dim is None else _layers(run, rank) * lora_parameters(run.shape, dim, run.topology.tp)
+    parameters = rank_parameters(run, rank) + lora
+    trained = parameters if dim is None else lora
     states = _states_bytes(run, rank)
     return RankMemory(
         parameters=parameters,
+        trained=trained,
         weights=parameters * run.itemsize,
-        gradients=parameters * WIDE,
-        optimizer=optimizer_bytes(parameters, run.itemsize),
+        gradients=trained * WIDE,
+        optimizer=optimizer_bytes(trained, run.itemsize),
         activations=max(held_bytes(run, rank) + _passing_bytes(run, rank), _adam_bytes(run)),
         saving=_saving_bytes(run, rank),
         states=max(states, default=0),

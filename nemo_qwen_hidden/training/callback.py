@@ -236,12 +236,14 @@ class HiddenStatesCallback(Callback, KeptArguments):
         config = live_chunks(trainer)[0].config
         compute = next(name for name, dtype in TORCH_DTYPES.items() if dtype == config.params_dtype)
         dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
+        fits = trainer.state.fn == TrainerFn.FITTING
         return Recorder(
             folder,
             describe(config, points, groups, work="training", adapter=adapter_of(trainer), **dtypes),
             groups,
             resume_at=trainer.global_step or None,
-            staying=(VALIDATION,) if trainer.state.fn == TrainerFn.FITTING else (),
+            staying=(VALIDATION,) if fits else (),
+            begins=fits and not trainer.global_step,
             nonfinite=self._nonfinite,
         )
 

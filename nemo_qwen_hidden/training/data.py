@@ -23,6 +23,7 @@ from nemo_qwen_hidden.checkpoint.opened import open_weights
 from nemo_qwen_hidden.data.fingerprint import DataFingerprint
 from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
 from nemo_qwen_hidden.plan.training import held_out, sequences_of
+from nemo_qwen_hidden.store.files import write_durably
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
 from nemo_qwen_hidden.training.texts import Counts, Texts, check
 
@@ -169,7 +170,9 @@ class TextData(BlockData):
         check(job, Counts(documents=len(documents), held_out=out, tokens=tokens, exact=True, **sizes))
         self._record({"sha256": fingerprint, "seq_length": self.seq_length, "validation_documents": out})
         for name, array in blocks.items():
-            np.save(self._folder / f"{name}.npy", array)
+            written = self._folder / f".{name}.npy"
+            np.save(written, array)
+            written.replace(self._folder / f"{name}.npy")
 
     def setup(self, stage: str) -> None:
         """Called by Lightning on every rank."""
@@ -203,7 +206,7 @@ class TextData(BlockData):
                 raise ConfigError("model.path", rule, base)
         self._folder.mkdir(parents=True, exist_ok=True)
         said = {**origin, "schedule": schedule} | ({} if base is None else {"base": base})
-        file.write_text(json.dumps(said) + "\n")
+        write_durably(file, f"{json.dumps(said)}\n".encode())
 
 
 def _weights_sha256(job: FinetuningJob) -> str:

@@ -14,7 +14,7 @@ from nemo_qwen_hidden.checkpoint.nemo_context import is_nemo, read_context
 from nemo_qwen_hidden.checkpoint.opened import open_weights, tokenizer_folder
 from nemo_qwen_hidden.config import FinetuneSettings, check_finetuning
 from nemo_qwen_hidden.data.sources import check_path
-from nemo_qwen_hidden.errors import ConfigError, DataError, UserError, raise_all
+from nemo_qwen_hidden.errors import ConfigError, UserError, naming, raise_all
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
 from nemo_qwen_hidden.job import asked_topology, split_of
 from nemo_qwen_hidden.plan.stages import stages_of
@@ -149,14 +149,9 @@ def prepare(settings: FinetuneSettings, *, world: int | None) -> FinetuningJob:
         run_path=run_path,
     )
     check_path(data_path, **job.fields)
-    if any(point.site == ATTN_WEIGHTS for point in job.points):
-        rule = f"must leave out {ATTN_WEIGHTS} in training: they grow with the square of the tokens"
-        raise ConfigError("capture.hook_points", rule, list(settings.capture.hook_points))
     if settings.watch.probe_data is not None:
-        try:
+        with naming({"data.path": "watch.probe_data"}):
             check_path(os.path.expanduser(settings.watch.probe_data), **job.fields)
-        except DataError as error:
-            raise DataError(error.setting.replace("data.path", "watch.probe_data"), error.rule, error.value) from error
     if not job.begun:
         for name in ("store", "probe_store"):
             path = getattr(settings.watch, name)
@@ -186,6 +181,10 @@ def _training_problems(settings: FinetuneSettings, architecture: Architecture, t
     problems = vocabulary_problems(topology, architecture.shape.vocab_size)
     if train.lora_dim is not None and topology.vp > 1:  # NeMo would leave the adapter out of checkpoints
         problems.append(ConfigError("parallel.vp", "must be 1 where `train.lora_dim` is given", topology.vp))
+    if train.lora_dim is not None and train.lora_dim % topology.tp:
+        problems.append(
+            ConfigError("train.lora_dim", f"must be a multiple of `parallel.tp` ({topology.tp})", train.lora_dim)
+        )
     at_once = train.micro_batch_size * topology.dp
     if train.global_batch_size % at_once:
         rule = f"must be a multiple of `train.micro_batch_size` times the replicas ({at_once})"

@@ -139,7 +139,11 @@ class Outlook:
         """Of one checkpoint, about."""
         job = self.job
         numbers = checkpoint_bytes(
-            job.architecture.shape, tied=job.architecture.tied, tp=job.topology.tp, itemsize=self._itemsize
+            job.architecture.shape,
+            tied=job.architecture.tied,
+            tp=job.topology.tp,
+            itemsize=self._itemsize,
+            lora_dim=job.settings.train.lora_dim,
         )
         files = (job.tokenizer_folder / name for name in TOKENIZER_FILES) if job.has_tokenizer else ()
         return numbers + _CONTEXT_BYTES + sum(file.stat().st_size for file in files if file.is_file())
@@ -175,6 +179,7 @@ class Outlook:
             microbatches=self.microbatches,
             recompute=train.recompute,
             recompute_layers=train.recompute_layers,
+            lora_dim=train.lora_dim,
             points=job.points,
             captured_rows=[max((each.rows for each in store.captured), default=0) for store in self.stores],
             captured_itemsize=self._itemsize if self._stored_dtype == "int8" else BYTES[self._stored_dtype],

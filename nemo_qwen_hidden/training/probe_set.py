@@ -19,7 +19,7 @@ from nemo_qwen_hidden.drift.labels import Labels, from_field, repeated_tokens
 from nemo_qwen_hidden.drift.measures import measure
 from nemo_qwen_hidden.drift.probe_accuracy import can_be_told
 from nemo_qwen_hidden.drift.probe_set import PHASE, ProbeSet
-from nemo_qwen_hidden.errors import ConfigError, status_of
+from nemo_qwen_hidden.errors import ConfigError, naming, status_of
 from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint, expand
 from nemo_qwen_hidden.model.config import TORCH_DTYPES
 from nemo_qwen_hidden.parallel.agree import on_rank_0
@@ -31,12 +31,12 @@ from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stag
 from nemo_qwen_hidden.training.description import adapter_of, decoder_shape, describe
 from nemo_qwen_hidden.training.kept import KeptArguments
 from nemo_qwen_hidden.training.probe_documents import ProbeDocuments, check_tokens, read_samples
+from nemo_qwen_hidden.training.probe_labels import REPEATED, check_labels
 from nemo_qwen_hidden.training.recorder import Recorder
 from nemo_qwen_hidden.training.schedule import TRAIN, Schedule
 from nemo_qwen_hidden.training.step_states import Sample, StepStates
 
 BATCH_TOKENS = 4096
-REPEATED = "repeated"
 
 
 @dataclass(kw_only=True)
@@ -108,8 +108,13 @@ class ProbeSetCallback(Callback, KeptArguments):
             ("max_tokens", max_tokens),
             ("batch_tokens", batch_tokens),
         ):
-            if size is not None and size < 1:
-                raise ConfigError(name, "must be at least 1", size)
+            if size is not None and not (isinstance(size, int) and size >= 1):
+                raise ConfigError(name, "must be a whole number of at least 1", size)
+        for name, path in (("to", to), ("documents", documents), ("tokenizer", tokenizer)):
+            if not (isinstance(path, str | Path) and str(path)) and (name == "to" or path is not None):
+                raise ConfigError(name, "must be a path", path)
+        if not (tokens is None or isinstance(tokens, TokenSettings)):
+            raise ConfigError("tokens", "must be `config.TokenSettings`, or None", tokens)
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, or None", dtype)
         if nonfinite not in NONFINITE:
@@ -177,7 +182,7 @@ class ProbeSetCallback(Callback, KeptArguments):
         dtypes: dict[str, Any] = {"compute": compute, "stored": self._dtype or compute}
         what = describe(config, points, groups, work="probe set", adapter=adapter_of(trainer), **dtypes)
         step = trainer.global_step
-        recorder = Recorder(self._to, what, groups, resume_at=step or None, nonfinite=self._nonfinite)
+        recorder = Recorder(self._to, what, groups, resume_at=step or None, begins=not step, nonfinite=self._nonfinite)
         return _Fit(
             groups=groups,
             stages=live_stages(trainer),
@@ -187,15 +192,20 @@ class ProbeSetCallback(Callback, KeptArguments):
         )
 
     def _read(self, pl_module: LightningModule, vocab_size: int) -> tuple[Sample, ...]:
-        check_path(self._documents, **self._fields)
-        return read_samples(
-            self._documents,
-            lambda: self._load_tokenizer(pl_module),
-            self._tokens,
-            vocab_size=vocab_size,
-            most=self._max_documents,
-            fields=self._fields,
-        )
+        with naming({"data.path": "documents"}):
+            check_path(self._documents, **self._fields)
+            samples = read_samples(
+                self._documents,
+                lambda: self._load_tokenizer(pl_module),
+                self._tokens,
+                vocab_size=vocab_size,
+                most=self._max_documents,
+                fields=self._fields,
+            )
+        if self._log:
+            documents = [(str(sample.id), len(sample.token_ids)) for sample in samples]
+            check_labels(documents, self._labels, self._documents, id_field=self._fields["id_field"])
+        return samples
 
     def _load_tokenizer(self, pl_module: LightningModule) -> Tokenizer:
         """NeMo's ``AutoTokenizer`` knows the folder that it was made from."""

@@ -44,11 +44,10 @@ class Recorder:
 
     Args:
         path: the store's folder, which all ranks see. what: the store without parts, see ``describe``; rank 0's counts.
-        groups: of the training run; their ranks are asked, their groups are not used. resume_at: steps from this one
-            on are dropped, since the run does them again, but that of the ``staying`` phases. queue_bytes: of states
-            that wait; ``put`` blocks beyond it, or when ``STEPS_AHEAD`` steps do. commit_secs: after this time the next
-            step makes all durable, so that a power cut costs at most the work of that long. nonfinite: ``refuse`` or
-            ``keep`` infinite values and NaN.
+        groups: of the training run; their ranks are asked, their groups are not used. resume_at, staying, begins: as
+            of ``GrowingStore``. queue_bytes: of states that wait; ``put`` blocks beyond it, or when ``STEPS_AHEAD``
+            steps do. commit_secs: after this time the next step makes all durable, so that a power cut costs at most
+            the work of that long. nonfinite: ``refuse`` or ``keep`` infinite values and NaN.
 
     Raises:
         StoreError: the folder cannot be the store of this run, or some rank does not see it.
@@ -63,6 +62,7 @@ class Recorder:
         *,
         resume_at: int | None = None,
         staying: Collection[str] = (),
+        begins: bool = False,
         shard_rows: int = SHARD_ROWS,
         queue_bytes: int = QUEUE_BYTES,
         commit_secs: float = COMMIT_SECS,
@@ -75,7 +75,9 @@ class Recorder:
         self._files: StepFiles | None = None
 
         def begin() -> tuple[Manifest, str]:
-            self._store = GrowingStore(path, what, resume_at=resume_at, staying=staying, shard_rows=shard_rows)
+            self._store = GrowingStore(
+                path, what, resume_at=resume_at, staying=staying, begins=begins, shard_rows=shard_rows
+            )
             return self._store.manifest, _digest(path)
 
         try:

@@ -14,10 +14,11 @@ from nemo_qwen_hidden.data.document import Document
 from nemo_qwen_hidden.data.sources import read_documents
 from nemo_qwen_hidden.data.tokenize import TokenizedDocument, require_tokens, tokenize
 from nemo_qwen_hidden.data.tokenizer import Tokenizer, load_tokenizer
-from nemo_qwen_hidden.errors import DataError
+from nemo_qwen_hidden.errors import DataError, naming
 from nemo_qwen_hidden.plan.training import held_out, sequences_of
 from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
+from nemo_qwen_hidden.training.probe_labels import check_labels
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZED_CHARACTERS = 2**24
@@ -157,17 +158,19 @@ def probe_lengths(job: FinetuningJob) -> list[int]:
     """Tokens of each document of the run's probe set; none where it has none.
 
     Raises:
-        DataError: documents that cannot be used, or not one token.
+        DataError: documents that cannot be used, or not one token; or their labels cannot.
     """
     watch = job.settings.watch
     if watch.probe_store is None:
         return []
     path = str(demo.text_path()) if watch.probe_data is None else os.path.expanduser(watch.probe_data)
     texts = Texts(job, path)
-    read = islice(texts.read(), watch.probe_documents)
-    lengths = [len(document.token_ids) for document in texts.tokenized(read)]
-    require_tokens(sum(lengths), path)
-    return lengths
+    with naming({"data.path": "watch.probe_data", "labels": "watch.probe_labels"}):
+        read = islice(texts.read(), watch.probe_documents)
+        documents = [(document.id, len(document.token_ids)) for document in texts.tokenized(read)]
+        require_tokens(sum(tokens for _, tokens in documents), path)
+        check_labels(documents, watch.probe_labels, path, id_field=job.settings.data.id_field)
+    return [tokens for _, tokens in documents]
 
 
 def _characters(document: Document) -> int:

@@ -19,6 +19,7 @@ from tests.support.capturing import (
     capture_in_training,
     expected_states,
     length_of,
+    masked,
     packed,
     ragged,
     shifted_data_step,
@@ -166,11 +167,19 @@ def test_padding_is_left_out_and_packed_documents_do_not_see_each_other(folder: 
             weights=True,
             collate=packed,
         ),
+        Capturing(
+            job=Job(steps=1, topology=Topology(cp=2)),
+            settings=settings,
+            weights=True,
+            collate=masked,
+        ),
     ]
-    padding, packing = (list(found) for found in zip(*start_ranks(2, capture_in_training, folder, runs), strict=True))
+    padding, packing, masking = (
+        list(found) for found in zip(*start_ranks(2, capture_in_training, folder, runs), strict=True)
+    )
     model = transformers_model(folder, _weights(padding, 0))
     blocks = [block[:-1].tolist() for block in batch_blocks(4)]
-    for ranks, parts in ((padding, None), (packing, PACKED)):
+    for ranks, parts in ((padding, None), (packing, PACKED), (masking, PACKED)):
         states = [each for rank in ranks for each in rank.states]
         found = {(state.sample, state.point, state.position): values for state, values in states}
         count = 0

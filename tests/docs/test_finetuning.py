@@ -39,6 +39,6 @@ def test_runs_of_the_embedded_model_that_are_shown_can_be_run(capfd: pytest.Capt
         main(["finetune", "--help"])
     shown = capfd.readouterr().out + (ROOT / "docs/finetuning.md").read_text()
     examples = re.findall(r"^ +nemo-qwen-hidden finetune (.*run\.path=.*)$", shown.replace("\\\n", ""), re.M)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert main(["finetune", "--plan", *example.split()]) == 0

@@ -1,9 +1,11 @@
 """Who is judged to be at fault, of what was heard; and what a thread sees of the main thread. No ranks, no waiting."""
 
+import gc
 import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +164,27 @@ def test_standing_still_counts_from_the_end_of_another_rank(clock: Time) -> None
     clock.pass_(2.0)
     beat = signs.sightings()[1].beat
     assert beat is not None and beat.still_secs == 2.0
+
+
+def test_a_beat_keeps_nothing_of_the_main_thread_alive() -> None:
+    """Such as activations, which would otherwise be there until the collector of cycles comes."""
+    observer = Observer(Pulse(), LIMITS)
+
+    class Activation:
+        pass
+
+    def work() -> weakref.ref[Activation]:
+        activation = Activation()
+        thread = threading.Thread(target=observer.beat)
+        thread.start()
+        thread.join()
+        return weakref.ref(activation)
+
+    gc.disable()
+    try:
+        assert work()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("tasks")

@@ -88,13 +88,15 @@ def grow(
     ranks: int = 1,
     resume_at: int | None = None,
     staying: Collection[str] = (),
+    begins: bool = False,
     kept: bool = False,
     what: Manifest | None = None,
     commits: bool = True,
 ) -> Manifest:
     """A store of these (phase, step), or one that goes on with them, finished."""
     with ExitStack() as stack:
-        store = GrowingStore(path, what or description(), resume_at=resume_at, staying=staying, shard_rows=SHARD_ROWS)
+        how = {"resume_at": resume_at, "staying": staying, "begins": begins, "shard_rows": SHARD_ROWS}
+        store = GrowingStore(path, what or description(), **how)  # type: ignore[arg-type]
         stack.enter_context(store)
         files = [StepFiles(path, store.producers) for _ in range(ranks)]
         for phase, step in steps:

@@ -209,6 +209,16 @@ def test_other_stores_and_other_settings_are_refused(tmp_path: Path) -> None:
     assert files_of(tmp_path / "unfinished").keys() == unfinished.keys()
 
 
+def test_a_run_that_begins_takes_no_store_of_another(tmp_path: Path) -> None:
+    """A validation before the first step is its own."""
+    grow(tmp_path / "store", [("validation", 0)], begins=True)
+    grow(tmp_path / "store", [("train", 0), ("train", 1)], begins=True)
+    before = files_of(tmp_path / "store")
+    with pytest.raises(StoreError, match="must be a new folder where training begins; .* steps up to 1, of another"):
+        grow(tmp_path / "store", [("train", 5)], begins=True)
+    assert files_of(tmp_path / "store") == before
+
+
 def test_upkeep_takes_such_stores(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from nemo_qwen_hidden.cli.main import main
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.launch import Rank
 from tests.conftest import Start
 from tests.support.models import Tiny, save_tiny
@@ -80,6 +81,35 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "graphs": ({}, {"model": {"enable_cuda_graph": True}}, "CUDA graphs, which bypass hooks"),
     "accumulation": ({}, {"trainer": {"accumulate_grad_batches": 2}}, "`accumulate_grad_batches` must be 1"),
 }
+
+
+REFUSED_PROBES: dict[str, tuple[Any, str]] = {
+    "max_tokens": ("5", "`max_tokens` must be a whole number of at least 1, but is '5' instead."),
+    "batch_tokens": (0, "`batch_tokens` must be a whole number of at least 1"),
+    "to": (None, "`to` must be a path, but is None instead."),
+    "documents": (["a.jsonl"], "`documents` must be a path, but is ['a.jsonl'] instead."),
+    "tokens": ("last", "`tokens` must be `config.TokenSettings`, or None, but is 'last' instead."),
+    "nonfinite": ("x", "`nonfinite` must be one of refuse, keep"),
+}
+
+
+def refused_probes(_: Rank) -> dict[str, str]:
+    from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+
+    found = {}
+    for name, (value, _) in REFUSED_PROBES.items():
+        try:
+            ProbeSetCallback(**{"hook_points": "all", "to": "store", "every": 1, name: value})
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_a_probe_set_that_cannot_be_is_refused(start_ranks: Start) -> None:
+    (found,) = start_ranks(1, refused_probes)
+    assert found.keys() == REFUSED_PROBES.keys()
+    for name, (_, said) in REFUSED_PROBES.items():
+        assert said in found[name]
 
 
 def refusals(rank: Rank, folder: Path, to: Path) -> dict[str, str]:

@@ -56,6 +56,30 @@ def job_at(
     return prepare(settings, world=None)
 
 
+def test_a_probe_set_is_looked_at_by_the_names_of_its_settings(tmp_path: Path) -> None:
+    """Before anything is captured, and labels that half of the documents have are enough."""
+    watch = WatchSettings(probe_store=str(tmp_path / "probes"), probe_documents=2, probe_labels="kind")
+    with pytest.raises(DataError, match=r"`watch\.probe_labels` must name a field of the records in .* is 'kind'"):
+        outline(job_at(tmp_path, watch=watch))
+    records = [{"token_ids": [1, 2, 3], "kind": "a"}, {"token_ids": [4]}, {"token_ids": [5, 6], "kind": ["b"]}]
+    data = tmp_path / "probes.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    watch = replace(watch, probe_data=str(data))
+    assert list(outline(job_at(tmp_path, watch=watch)).probe) == [3, 1]
+    with pytest.raises(DataError, match=r"`watch\.probe_labels` must be one for each of 2 tokens"):
+        outline(job_at(tmp_path, watch=replace(watch, probe_documents=3)))
+    data.write_text(json.dumps({"token_ids": [10**6]}))
+    with pytest.raises(DataError, match=r"`watch\.probe_data`"):
+        outline(job_at(tmp_path, watch=watch))
+
+
+def test_a_lora_is_divided_over_tp(tmp_path: Path) -> None:
+    settings = job_at(tmp_path).settings
+    odd = replace(settings, parallel=ParallelSettings(tp=2), train=replace(settings.train, lora_dim=3))
+    with pytest.raises(ConfigError, match=r"`train\.lora_dim` must be a multiple of `parallel\.tp` \(2\), but is 3"):
+        prepare(odd, world=None)
+
+
 def test_sequences_are_counted_document_by_document(tmp_path: Path) -> None:
     data = write_documents(tmp_path / "data.jsonl", LENGTHS)
     counts = texts.count(job_at(tmp_path, data=data, validation_part=0.4, global_batch_size=1))

@@ -62,8 +62,8 @@ class GrowingStore:
     Args:
         what: a manifest without parts: hook points, sizes, dtypes, and who produces. resume_at: steps from this one on
             are dropped, since the run does them again; None drops none. staying: phases whose step ``resume_at`` stays:
-            the run has done it before it came there, with the weights that it goes on with. shard_rows: states of one
-            shard.
+            the run has done it before it came there, with the weights that it goes on with. begins: no step above 0 may
+            be there, which would be of another run. shard_rows: states of one shard.
 
     A context manager: ``finish`` where the block ends, and where it raises everything is left to the next that opens
     the store.
@@ -80,6 +80,7 @@ class GrowingStore:
         *,
         resume_at: int | None = None,
         staying: Collection[str] = (),
+        begins: bool = False,
         shard_rows: int = SHARD_ROWS,
     ) -> None:
         if what.parts or any(entry.shards for entry in what.hook_points):
@@ -87,7 +88,7 @@ class GrowingStore:
         self.path, self._what, self._shard_rows = path, what, shard_rows
         with ExitStack() as stack:
             stack.enter_context(place.locked(path))
-            self._base = manifest = self._open(resume_at, staying)
+            self._base = manifest = self._open(resume_at, staying, begins=begins)
             stack.callback(session.discard, path)
             self._parts = list(manifest.parts)
             self._shards = {entry.point: list(entry.present) for entry in manifest.hook_points}
@@ -214,7 +215,7 @@ class GrowingStore:
         self._published = time.monotonic()
         self._publishing_secs, self._listed = self._published - start, len(self._parts)
 
-    def _open(self, resume_at: int | None, staying: Collection[str]) -> Manifest:
+    def _open(self, resume_at: int | None, staying: Collection[str], *, begins: bool) -> Manifest:
         """What stays of the store, whose folder holds that alone afterwards."""
         found = session.find(self.path)
         there = found.finished or found.unfinished
@@ -223,6 +224,10 @@ class GrowingStore:
         else:
             _check(self.path, there, found, self._what)
             whole = _with_added(self.path, there, journal.read(self.path).added)
+        last = max((step.step for _, step in captured_steps(whole.parts, str(self.path))), default=0)
+        if begins and last > 0:
+            rule = f"must be a new folder where training begins; this one has steps up to {last}, of another run"
+            raise StoreError("store.path", rule, str(self.path))
         kept = _before(whole, resume_at, staying, self.path)
         kept = replace(kept, producers=(*kept.producers, *self._what.producers))
         shutil.rmtree(self.path / JOURNAL / STAGED, ignore_errors=True)
