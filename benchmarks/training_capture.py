@@ -84,11 +84,11 @@ def trained(rank: Rank, asked: Any, folder: Path) -> tuple[list[tuple[float, flo
     from nemo_qwen_hidden.plan.stages import stages_of
     from nemo_qwen_hidden.store.read.reader import open_store
     from nemo_qwen_hidden.topology import Topology
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
     from nemo_qwen_hidden.training.data import BlockData
     from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
     from nemo_qwen_hidden.training.ranks import as_if_torchrun
     from nemo_qwen_hidden.training.strategy import megatron_strategy
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
 
     class Clock(pl.Callback):
         """The whole of a step, from one beginning to the next."""

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
     from nemo_qwen_hidden.store.read.datasets import BatchLoader, DocumentBatches, RowBatches
     from nemo_qwen_hidden.store.read.reader import open_store
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
+    from nemo_qwen_hidden.training.watch.probe_set import ProbeSetCallback
 
 __all__ = [
     "BatchLoader",
     "DocumentBatches",
     "HiddenStatesCallback",
     "HookPoint",
+    "ProbeSetCallback",
     "Qwen2HiddenModel",
     "RowBatches",
     "__version__",
@@ -29,8 +31,9 @@ __all__ = [
 _HOMES = {
     "BatchLoader": "nemo_qwen_hidden.store.read.datasets",
     "DocumentBatches": "nemo_qwen_hidden.store.read.datasets",
-    "HiddenStatesCallback": "nemo_qwen_hidden.training.callback",
+    "HiddenStatesCallback": "nemo_qwen_hidden.training.watch.callback",
     "HookPoint": "nemo_qwen_hidden.hookpoint",
+    "ProbeSetCallback": "nemo_qwen_hidden.training.watch.probe_set",
     "Qwen2HiddenModel": "nemo_qwen_hidden.model.hidden_model",
     "RowBatches": "nemo_qwen_hidden.store.read.datasets",
     "open_store": "nemo_qwen_hidden.store.read.reader",

@@ -31,8 +31,8 @@ class Qwen2HiddenConfig(Qwen2Config):
 
     num_layers may be less than the checkpoint has: the decoder then ends there, ``final_norm`` says whether the
     final norm follows. weights: a model folder that each stage is filled from as it is built, wherever NeMo
-    builds it; None leaves that to the caller. state_losses: of ``training.losses``; their heads become submodules of
-    the chunk that has their hook point.
+    builds it; None leaves that to the caller. state_losses: of ``training.losses.kinds``; their heads become
+    submodules of the chunk that has their hook point.
     """
 
     transformer_layer_spec: Callable[..., Any] = decoder_spec

@@ -19,8 +19,8 @@ from nemo_qwen_hidden.store.captured import step_bytes
 from nemo_qwen_hidden.store.format import DTYPES, human_bytes
 from nemo_qwen_hidden.store.write.place import disk_of
 from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
-from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION
 from nemo_qwen_hidden.training.texts import Counts, count, probe_lengths
+from nemo_qwen_hidden.training.watch.schedule import TRAIN, VALIDATION
 
 PROBE = "probe"
 _CONTEXT_BYTES = 60_000  # of a checkpoint: NeMo's configuration of model, trainer and data; seen

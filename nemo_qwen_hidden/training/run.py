@@ -24,15 +24,15 @@ from nemo_qwen_hidden.parallel.launch import fair_threads, local_world
 from nemo_qwen_hidden.parallel.watch import Pulse
 from nemo_qwen_hidden.progress import Phase, TrainingReport, TrainingStep, silent
 from nemo_qwen_hidden.store.write.locks import rank_lock
-from nemo_qwen_hidden.training.callback import HiddenStatesCallback
 from nemo_qwen_hidden.training.data import TextData
 from nemo_qwen_hidden.training.job import CHECKPOINTS, RUN, FinetuningJob
 from nemo_qwen_hidden.training.logger import Checkpoints, Logger
 from nemo_qwen_hidden.training.lora import LoRA
 from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
-from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
 from nemo_qwen_hidden.training.rates import Lengthening
 from nemo_qwen_hidden.training.strategy import megatron_strategy
+from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
+from nemo_qwen_hidden.training.watch.probe_set import ProbeSetCallback
 
 
 def fit(

@@ -18,7 +18,7 @@ from nemo_qwen_hidden.errors import DataError, naming
 from nemo_qwen_hidden.plan.training import held_out, sequences_of
 from nemo_qwen_hidden.progress import silent
 from nemo_qwen_hidden.training.job import DATA, DATA_RECORD, FinetuningJob
-from nemo_qwen_hidden.training.probe_labels import check_labels
+from nemo_qwen_hidden.training.watch.probe_labels import check_labels
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZED_CHARACTERS = 2**24

@@ -20,16 +20,16 @@ from nemo_qwen_hidden.model.config import configure_training
 from nemo_qwen_hidden.parallel.launch import Rank, run_ranks
 from nemo_qwen_hidden.store.read.reader import open_store
 from nemo_qwen_hidden.topology import Topology
-from nemo_qwen_hidden.training.columns import ColumnData, padded_columns
-from nemo_qwen_hidden.training.losses import Distillation, SequenceClassifier
-from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
-from nemo_qwen_hidden.training.ranks import as_if_torchrun
-from nemo_qwen_hidden.training.state_loss_callback import (
+from nemo_qwen_hidden.training.losses.callback import (
     StateLossCallback,
     StateLossModel,
     decoder_step,
     whole_batch_step,
 )
+from nemo_qwen_hidden.training.losses.columns import ColumnData, padded_columns
+from nemo_qwen_hidden.training.losses.kinds import Distillation, SequenceClassifier
+from nemo_qwen_hidden.training.optimizer import MegatronOptimizer
+from nemo_qwen_hidden.training.ranks import as_if_torchrun
 from nemo_qwen_hidden.training.strategy import megatron_strategy
 
 MODEL = demo.model_folder()

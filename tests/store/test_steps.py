@@ -214,7 +214,7 @@ def test_a_run_that_begins_takes_no_store_of_another(tmp_path: Path) -> None:
     grow(tmp_path / "store", [("validation", 0)], begins=True)
     grow(tmp_path / "store", [("train", 0), ("train", 1)], begins=True)
     before = files_of(tmp_path / "store")
-    with pytest.raises(StoreError, match="must be a new folder where training begins; .* steps up to 1, of another"):
+    with pytest.raises(StoreError, match=r"must be a new folder where training begins; .* steps up to 1, of another"):
         grow(tmp_path / "store", [("train", 5)], begins=True)
     assert files_of(tmp_path / "store") == before
 

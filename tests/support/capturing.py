@@ -71,7 +71,7 @@ def capture_in_training(rank: Rank, folder: Path, runs: Sequence[Capturing]) -> 
 
 
 def _run(rank: Rank, folder: Path, run: Capturing) -> Captured:
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
 
     found = Captured()
     callbacks = [bystander(found, run.weights)]
@@ -159,7 +159,7 @@ def _saboteur(saved: Path) -> Any:
 
 
 def note(found: Captured, states: Any) -> None:
-    from nemo_qwen_hidden.training.step_states import ROW_STRIDE
+    from nemo_qwen_hidden.training.watch.step_states import ROW_STRIDE
 
     for sample in states.samples:
         found.samples[states.phase, states.step, sample.number] = sample.token_ids.tolist()

@@ -39,10 +39,10 @@ def tune(rank: Rank, folder: Path, runs: Sequence[Tuning]) -> list[Captured]:
 def _run(rank: Rank, folder: Path, run: Tuning) -> Captured:
     from nemo.collections import llm
 
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
     from nemo_qwen_hidden.training.logger import Logger
     from nemo_qwen_hidden.training.lora import LoRA
-    from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
+    from nemo_qwen_hidden.training.watch.probe_set import ProbeSetCallback
 
     found = Captured()
     watchers = [bystander(found, run.weights)]

@@ -37,7 +37,7 @@ def _run(rank: Rank, folder: Path, run: Probing) -> Probed:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from nemo_qwen_hidden.training.chunks import live_chunks
-    from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+    from nemo_qwen_hidden.training.watch.probe_set import ProbeSetCallback
 
     found, job = Probed(), run.job
     callbacks = [] if run.settings is None else [ProbeSetCallback(**run.settings)]

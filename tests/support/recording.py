@@ -54,7 +54,7 @@ def states_of(place: Place, phase: str, step: int, *, every: int | None = None) 
     from nemo_qwen_hidden.capture.rows import Choice, view_of
     from nemo_qwen_hidden.capture.taps import LocalSlice
     from nemo_qwen_hidden.plan.microbatches import Microbatch, Segment
-    from nemo_qwen_hidden.training.step_states import ROW_STRIDE, Sample, StepStates
+    from nemo_qwen_hidden.training.watch.step_states import ROW_STRIDE, Sample, StepStates
 
     topology, first = place.topology, step * len(LENGTHS)
     samples, slices = [], []
@@ -108,7 +108,7 @@ def _record(rank: Rank, number: int, asked: Recording) -> tuple[int, str]:
 
     from nemo_qwen_hidden.errors import HiddenStatesError
     from nemo_qwen_hidden.parallel.groups import process_groups
-    from nemo_qwen_hidden.training.recorder import Recorder
+    from nemo_qwen_hidden.training.watch.recorder import Recorder
 
     torch.set_num_threads(1)
     meeting = rank.rendezvous.with_name(f"{rank.rendezvous.name}-{number}")

@@ -74,13 +74,13 @@ def train(rank: Rank, folder: Path, runs: Sequence[Run]) -> list[Trained]:
 def _train(rank: Rank, folder: Path, run: Run) -> Trained:
     from nemo.lightning.resume import AdapterPath
 
-    from nemo_qwen_hidden.training.columns import ColumnData
-    from nemo_qwen_hidden.training.state_loss_callback import (
+    from nemo_qwen_hidden.training.losses.callback import (
         StateLossCallback,
         StateLossModel,
         decoder_step,
         whole_batch_step,
     )
+    from nemo_qwen_hidden.training.losses.columns import ColumnData
 
     settings: dict[str, Any] = {
         "state_losses": chosen(folder, run.only),

@@ -33,7 +33,7 @@ HEADLESS = ("same",)
 
 def losses(folder: Path) -> tuple[Any, ...]:
     """One of each kind, on every stage of every layout; and others of the same kinds."""
-    from nemo_qwen_hidden.training import losses as kinds
+    from nemo_qwen_hidden.training.losses import kinds
 
     same = {"store": str(folder / "same"), "teacher": "resid_post@1"}
     narrow = {"store": str(folder / "narrow"), "teacher": "embed"}
@@ -394,7 +394,7 @@ def _schedule(case: Case, folder: Path, groups: Any) -> Found:
     from megatron.core.transformer.module import Float16Module
 
     from nemo_qwen_hidden.errors import HiddenStatesError
-    from nemo_qwen_hidden.training.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses.attach import AttachedLosses
 
     chunks = chunks_of(case, folder, folder / "model", folder / "heads.safetensors")
     config = chunks[0].config
@@ -506,7 +506,7 @@ def refused(rank: Rank, folder: Path) -> list[str]:
     from nemo_qwen_hidden.errors import HiddenStatesError
     from nemo_qwen_hidden.parallel.groups import process_groups
     from nemo_qwen_hidden.parallel.host import training_on_host
-    from nemo_qwen_hidden.training.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses.attach import AttachedLosses
 
     case = Case(topology=Topology(), only=("detached", "value"))
     batch = batches()[0]
@@ -561,9 +561,9 @@ def _classified(groups: Any, ids: Tensor, problem: Problem) -> tuple[float, Any,
     from nemo_qwen_hidden.capture.sites import visit_site
     from nemo_qwen_hidden.model.config import configure_training
     from nemo_qwen_hidden.plan.stages import stages_of
-    from nemo_qwen_hidden.training.attach import AttachedLosses
-    from nemo_qwen_hidden.training.losses import SequenceClassifier
-    from nemo_qwen_hidden.training.state_loss import Tokens
+    from nemo_qwen_hidden.training.losses.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses.kinds import SequenceClassifier
+    from nemo_qwen_hidden.training.losses.state_loss import Tokens
 
     batch, positions = {"tokens": ids, "classes": problem.labels}, torch.arange(ids.shape[1]).expand_as(ids)
     point, states = HookPoint("final_norm"), []

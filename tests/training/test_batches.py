@@ -9,7 +9,7 @@ import torch
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.parallel.launch import Rank
-from nemo_qwen_hidden.training.batches import Batch, Numbering, whole_length
+from nemo_qwen_hidden.training.watch.batches import Batch, Numbering, whole_length
 from tests.conftest import Start
 
 END = 2

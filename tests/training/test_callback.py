@@ -50,7 +50,7 @@ def test_one_line_in_a_recipe_and_nemos_io(start_ranks: Start) -> None:
 
 def captures(rank: Rank) -> list[bool]:
     """Whether it captures the validation after a step that the store has, and after another one."""
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
 
     callback = HiddenStatesCallback(**ARGUMENTS | {"every": 2})
     taken = []
@@ -59,7 +59,7 @@ def captures(rank: Rank) -> list[bool]:
         callback._fit = fit = mock.Mock(recorder=recorder, gathered=None, noted=None)
         trainer = SimpleNamespace(training=False, validating=True, global_step=number)
         data = iter(())
-        with mock.patch("nemo_qwen_hidden.training.callback.dataclasses.replace") as replaced:
+        with mock.patch("nemo_qwen_hidden.training.watch.callback.dataclasses.replace") as replaced:
             callback.on_megatron_step_start(SimpleNamespace(trainer=trainer, data=data))
         taken.append(replaced.called and fit.noted is not None)
     return taken
@@ -94,7 +94,7 @@ REFUSED_PROBES: dict[str, tuple[Any, str]] = {
 
 
 def refused_probes(_: Rank) -> dict[str, str]:
-    from nemo_qwen_hidden.training.probe_set import ProbeSetCallback
+    from nemo_qwen_hidden.training.watch.probe_set import ProbeSetCallback
 
     found = {}
     for name, (value, _) in REFUSED_PROBES.items():
@@ -114,8 +114,8 @@ def test_a_probe_set_that_cannot_be_is_refused(start_ranks: Start) -> None:
 
 def refusals(rank: Rank, folder: Path, to: Path) -> dict[str, str]:
     from nemo_qwen_hidden.errors import HiddenStatesError
-    from nemo_qwen_hidden.training.callback import HiddenStatesCallback
     from nemo_qwen_hidden.training.chunks import live_chunks
+    from nemo_qwen_hidden.training.watch.callback import HiddenStatesCallback
     from tests.support.training import trainer_of
 
     found = {}

@@ -13,7 +13,7 @@ from tests.support.models import VOCAB, Tiny, save_tiny
 def test_transformers_reads_the_decoder_and_the_head(tmp_path: Path, tied: bool) -> None:
     from transformers import Qwen2ForSequenceClassification, Qwen2Model
 
-    from nemo_qwen_hidden.training.classifier_folder import save_classifier
+    from nemo_qwen_hidden.training.losses.classifier_folder import save_classifier
 
     decoder = save_tiny(tmp_path / "decoder", Tiny(layers=3, groups=2, tied=tied))
     score = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))

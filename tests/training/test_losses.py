@@ -353,13 +353,13 @@ def test_sequence_classifier_of_transformers(tp: int, start_ranks: Start, tmp_pa
 
 
 def _classifier(**arguments: Any) -> Any:
-    from nemo_qwen_hidden.training.losses import SequenceClassifier
+    from nemo_qwen_hidden.training.losses.kinds import SequenceClassifier
 
     return SequenceClassifier(**{"name": "class", "classes": 2, "last": "last"} | arguments)
 
 
 def test_settings_of_losses_are_checked(tmp_path: Path) -> None:
-    from nemo_qwen_hidden.training.losses import Distillation, LinearProbe
+    from nemo_qwen_hidden.training.losses.kinds import Distillation, LinearProbe
 
     with pytest.raises(ConfigError, match="`last of loss class` must be given, or else `pad_token_id`"):
         _classifier(pad_token_id=0)
@@ -388,7 +388,7 @@ def test_settings_of_losses_are_checked(tmp_path: Path) -> None:
 
 def test_batches_are_checked() -> None:
     from nemo_qwen_hidden.hookpoint import HookPoint
-    from nemo_qwen_hidden.training.state_loss import Tokens
+    from nemo_qwen_hidden.training.losses.state_loss import Tokens
 
     place, ids = Topology(tp=2, sp=True, cp=2).at(1), torch.arange(8).expand(2, -1)
     tokens = Tokens.at(HookPoint("embed"), place, {"tokens": ids})
@@ -407,7 +407,7 @@ def test_batches_are_checked() -> None:
     ],
 )
 def test_what_losses_cannot_be_attached_to_is_refused(settings: dict[str, Any], said: str) -> None:
-    from nemo_qwen_hidden.training.attach import AttachedLosses
+    from nemo_qwen_hidden.training.losses.attach import AttachedLosses
 
     usual = {"cuda_graph_impl": "none", "fp8": None, "recompute_granularity": None, "num_layers": 4}
     chunk: Any = SimpleNamespace(config=SimpleNamespace(**usual | settings))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nemo_qwen_hidden.errors import ConfigErrors, UserError
-from nemo_qwen_hidden.training.schedule import Schedule
+from nemo_qwen_hidden.training.watch.schedule import Schedule
 
 
 def captured(schedule: Schedule, phase: str = "train") -> list[int]:

@@ -28,13 +28,13 @@ from nemo_qwen_hidden.plan.microbatches import Batching
 from nemo_qwen_hidden.store.format import DTYPES
 from nemo_qwen_hidden.store.read.reader import Store, open_store
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
-from nemo_qwen_hidden.training.description import adapter_of, decoder_shape, describe
-from nemo_qwen_hidden.training.kept import KeptArguments
-from nemo_qwen_hidden.training.probe_documents import ProbeDocuments, check_tokens, read_samples
-from nemo_qwen_hidden.training.probe_labels import REPEATED, check_labels
-from nemo_qwen_hidden.training.recorder import Recorder
-from nemo_qwen_hidden.training.schedule import TRAIN, Schedule
-from nemo_qwen_hidden.training.step_states import Sample, StepStates
+from nemo_qwen_hidden.training.watch.description import adapter_of, decoder_shape, describe
+from nemo_qwen_hidden.training.watch.kept import KeptArguments
+from nemo_qwen_hidden.training.watch.probe_documents import ProbeDocuments, check_tokens, read_samples
+from nemo_qwen_hidden.training.watch.probe_labels import REPEATED, check_labels
+from nemo_qwen_hidden.training.watch.recorder import Recorder
+from nemo_qwen_hidden.training.watch.schedule import TRAIN, Schedule
+from nemo_qwen_hidden.training.watch.step_states import Sample, StepStates
 
 BATCH_TOKENS = 4096
 

@@ -9,9 +9,9 @@ import torch
 from nemo_qwen_hidden.capture.taps import LocalSlice
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.topology import Place
-from nemo_qwen_hidden.training.batches import Batch, Lengths, Noted, Numbering
-from nemo_qwen_hidden.training.observer import Fed
-from nemo_qwen_hidden.training.step_states import ROW_STRIDE, Sample, StepStates
+from nemo_qwen_hidden.training.watch.batches import Batch, Lengths, Noted, Numbering
+from nemo_qwen_hidden.training.watch.observer import Fed
+from nemo_qwen_hidden.training.watch.step_states import ROW_STRIDE, Sample, StepStates
 
 
 class StepInProgress:

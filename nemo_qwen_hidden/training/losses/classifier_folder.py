@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_qwen_hidden.checkpoint.tensors import OUTPUT, SCORE, TensorFiles
 from nemo_qwen_hidden.data.tokenizer import TOKENIZER_FILES
 from nemo_qwen_hidden.errors import ConfigError
-from nemo_qwen_hidden.training.losses import SINGLE_LABEL
+from nemo_qwen_hidden.training.losses.kinds import SINGLE_LABEL
 
 
 def save_classifier(decoder: Path, score: Tensor, to: Path, *, pad_token_id: int, problem: str = SINGLE_LABEL) -> None:

@@ -29,7 +29,7 @@ from nemo_qwen_hidden.store.format import MARKER, Shard
 from nemo_qwen_hidden.store.manifest import Manifest
 from nemo_qwen_hidden.store.write.step_files import Share, StepFiles, check_shares
 from nemo_qwen_hidden.store.write.steps import GrowingStore
-from nemo_qwen_hidden.training.step_states import Sample, StepPlan, StepStates, together
+from nemo_qwen_hidden.training.watch.step_states import Sample, StepPlan, StepStates, together
 
 COMMIT_SECS = 5.0
 _ENDING_SECS = 5.0

@@ -21,7 +21,7 @@ from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.plan.microbatches import Batching, Microbatch, plan, replica_of
 from nemo_qwen_hidden.plan.selection import keeps_everything
 from nemo_qwen_hidden.topology import Place
-from nemo_qwen_hidden.training.step_states import ROW_STRIDE, Sample
+from nemo_qwen_hidden.training.watch.step_states import ROW_STRIDE, Sample
 
 
 def check_tokens(tokens: TokenSettings) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.model.hidden_model import Qwen2HiddenModel
-from nemo_qwen_hidden.training.attach import AttachedLosses, require_padded
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_peft
-from nemo_qwen_hidden.training.state_loss import StateLoss
+from nemo_qwen_hidden.training.losses.attach import AttachedLosses, require_padded
+from nemo_qwen_hidden.training.losses.state_loss import StateLoss
 
 WHOLE = "whole_batch"
 

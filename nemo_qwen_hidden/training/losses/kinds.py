@@ -1,6 +1,6 @@
 """The losses on hidden states that come with the package.
 
-Each is a sum over the tokens that a rank has, over a count that every rank knows (``training.state_loss``).
+Each is a sum over the tokens that a rank has, over a count that every rank knows (``training.losses.state_loss``).
 
 B: sequences, S: tokens of a sequence in the batch, C: those of them that this rank has at the residual sites, H: hidden
 size, K: classes, n: chosen tokens of this rank. ``docs/losses.md`` has the formulas.
@@ -21,8 +21,8 @@ from nemo_qwen_hidden.checkpoint.tensors import SCORE, TensorFiles
 from nemo_qwen_hidden.errors import CheckpointError, ConfigError
 from nemo_qwen_hidden.hookpoint import HookPoint
 from nemo_qwen_hidden.store.read.reader import Store, open_store
-from nemo_qwen_hidden.training.heads import Linear, Medusa
-from nemo_qwen_hidden.training.state_loss import StateLoss, Tokens
+from nemo_qwen_hidden.training.losses.heads import Linear, Medusa
+from nemo_qwen_hidden.training.losses.state_loss import StateLoss, Tokens
 
 IGNORED = -100
 """A label that is left out, as in ``torch.nn.functional.cross_entropy``."""

@@ -20,15 +20,15 @@ from nemo_qwen_hidden.errors import ConfigError
 from nemo_qwen_hidden.hookpoint import HookPoint, expand
 from nemo_qwen_hidden.model.config import TORCH_DTYPES
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
-from nemo_qwen_hidden.training.batches import Lengths, Noted, Numbering
 from nemo_qwen_hidden.training.chunks import live_chunks, live_groups, live_stages
-from nemo_qwen_hidden.training.description import adapter_of, describe
-from nemo_qwen_hidden.training.gathering import StepInProgress
-from nemo_qwen_hidden.training.kept import KeptArguments
-from nemo_qwen_hidden.training.observer import Observer
-from nemo_qwen_hidden.training.recorder import Recorder
-from nemo_qwen_hidden.training.schedule import TRAIN, VALIDATION, Samples, Schedule
-from nemo_qwen_hidden.training.step_states import ROW_STRIDE, StepStates
+from nemo_qwen_hidden.training.watch.batches import Lengths, Noted, Numbering
+from nemo_qwen_hidden.training.watch.description import adapter_of, describe
+from nemo_qwen_hidden.training.watch.gathering import StepInProgress
+from nemo_qwen_hidden.training.watch.kept import KeptArguments
+from nemo_qwen_hidden.training.watch.observer import Observer
+from nemo_qwen_hidden.training.watch.recorder import Recorder
+from nemo_qwen_hidden.training.watch.schedule import TRAIN, VALIDATION, Samples, Schedule
+from nemo_qwen_hidden.training.watch.step_states import ROW_STRIDE, StepStates
 
 StepSink = Callable[[StepStates], None]
 """Called on every rank for each captured step, with what this rank has of it."""
@@ -75,7 +75,7 @@ class HiddenStatesCallback(Callback, KeptArguments):
         dtype: of what is stored or handed on, one of fp32, bf16, fp16, and in a store int8; None: the model's.
         nonfinite: what a store does with infinite values and NaN, ``refuse``, which ends the run, or ``keep``.
         lengths: from a batch to the number of tokens of each of its samples; None: as the batch says, see
-            ``training.batches.lengths_of``.
+            ``training.watch.batches.lengths_of``.
 
     Raises:
         ConfigError, ConfigErrors: settings that cannot be; when the fit starts, a trainer or a model that cannot be

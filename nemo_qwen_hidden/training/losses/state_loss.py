@@ -25,7 +25,7 @@ from nemo_qwen_hidden.hookpoint import RESIDUAL_SITES, HookPoint, expand
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.slices import spans_of, stripe
 from nemo_qwen_hidden.topology import Place
-from nemo_qwen_hidden.training.heads import StateHeads
+from nemo_qwen_hidden.training.losses.heads import StateHeads
 
 Batch = Mapping[str, Tensor]
 

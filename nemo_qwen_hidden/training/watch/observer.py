@@ -21,7 +21,7 @@ from nemo_qwen_hidden.hookpoint import ATTN_WEIGHTS, HookPoint
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
 from nemo_qwen_hidden.plan.microbatches import Microbatch
 from nemo_qwen_hidden.plan.stages import points_of_stage
-from nemo_qwen_hidden.training.batches import tokens_on
+from nemo_qwen_hidden.training.watch.batches import tokens_on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from nemo_qwen_hidden.capture.sites import has_site, visit_site
 from nemo_qwen_hidden.errors import ConfigError, HiddenStatesError
 from nemo_qwen_hidden.hookpoint import EMBED, HookPoint
 from nemo_qwen_hidden.parallel.groups import ProcessGroups
-from nemo_qwen_hidden.training.state_loss import Batch, StateLoss, Tokens
+from nemo_qwen_hidden.training.losses.state_loss import Batch, StateLoss, Tokens
 
 MASK = "loss_mask"
 

@@ -1,0 +1,1 @@
+"""Losses on hidden states of a training run."""

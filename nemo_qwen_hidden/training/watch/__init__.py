@@ -1,0 +1,1 @@
+"""Hidden states of a training run while it runs."""
