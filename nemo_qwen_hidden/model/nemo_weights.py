@@ -1,18 +1,26 @@
-"""From a NeMo checkpoint, written in any layout, to one rank's parameters.
+"""From a NeMo checkpoint, written in any layout, to one rank's parameters, through Megatron's ``dist_checkpointing``.
 
-The sharded state dict of Megatron's ``dist_checkpointing`` says which part of which tensor each parameter is; that part
-alone is read, into the parameter itself. The bytes are read by ``DistributedFiles`` and not by
-``dist_checkpointing.load``, which unpickles ``.metadata`` with whatever it names, and the bytes of what that calls no
-tensor (torch 2.13, ``distributed/checkpoint/filesystem.py:930``, ``default_planner.py:387``).
+Megatron's own sharded state dict of the model says which part of which tensor each parameter is; that part alone is
+read, into the parameter itself. ``dist_checkpointing.load`` is given strategies of ours to read with: its own unpickle
+``.metadata`` with whatever it names, and the bytes of what that calls no tensor (torch 2.13,
+``distributed/checkpoint/filesystem.py:930``, ``default_planner.py:387``). Optimizer state, ``common.pt`` and the
+modules' extra state (both pickles) are not asked for, and so not read.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.base import (
+    LoadCommonStrategy,
+    LoadShardedStrategy,
+    LoadStrategyBase,
+)
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
@@ -39,19 +47,28 @@ def load_nemo_weights(
         HiddenStatesError: a parameter that no tensor was assigned to, which would leave it random.
     """
     apart = {} if adapter is None else _apart(chunks, adapter)
+    wanted: dict[str, ShardedStateDict] = {}
+    for number, chunk in enumerate(chunks):
+        sharded = _sharded(chunk, tensors)
+        unassigned = {name for name, _ in chunk.named_parameters() if tensors.prefix + name not in sharded}
+        if unassigned:
+            raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
+        for name in list(sharded):
+            key = (number, name.removeprefix(tensors.prefix))
+            if key in apart:
+                sharded[name].data = apart[key]
+        # Done here, the parts of linear_fc1 are read into their places, and not put together once more afterwards.
+        apply_factories(sharded)
+        wanted[f"chunk{number}"] = sharded
     with torch.no_grad():
-        for number, chunk in enumerate(chunks):
-            sharded = _sharded(chunk, tensors)
-            unassigned = {name for name, _ in chunk.named_parameters() if tensors.prefix + name not in sharded}
-            if unassigned:
-                raise HiddenStatesError(f"no tensor of the checkpoint was assigned to {sorted(unassigned)}")
-            for name in list(sharded):
-                key = (number, name.removeprefix(tensors.prefix))
-                if key in apart:
-                    sharded[name].data = apart[key]
-            apply_factories(sharded)  # linear_fc1 becomes its two halves, each of which knows its place
-            for part in nested_values(sharded):
-                _fill(part, tensors.stored)
+        dist_checkpointing.load(
+            wanted,
+            str(tensors.stored.folder),
+            sharded_strategy=_Tensors(tensors.stored),
+            common_strategy=_NothingCommon(),
+            validate_access_integrity=False,
+        )
+        for chunk in chunks:
             for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 parameter = dict(chunk.named_parameters()).get(name)
                 if parameter is not None:
@@ -59,6 +76,47 @@ def load_nemo_weights(
                     parameter[max(0, tensors.shape.vocab_size - place.tp * len(parameter)) :].zero_()
         if adapter is not None:
             _change(chunks, apart, adapter, place)
+
+
+class _AnyVersion(LoadStrategyBase):
+    """What can be read was looked at when the checkpoint was opened (``DistributedFiles``)."""
+
+    def check_backend_compatibility(self, loaded_backend: object) -> None:
+        """Of any."""
+
+    def check_version_compatibility(self, loaded_version: object) -> None:
+        """Of any."""
+
+
+class _Tensors(_AnyVersion, LoadShardedStrategy):
+    """Reads parts of tensors into what asks for them, and returns nothing."""
+
+    def __init__(self, stored: DistributedFiles) -> None:
+        self._stored = stored
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> dict[str, Any]:
+        for part in nested_values(sharded_state_dict):
+            _fill(part, self._stored)
+        return {}
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
+        raise HiddenStatesError("what a checkpoint has is known already")
+
+
+class _NothingCommon(_AnyVersion, LoadCommonStrategy):
+    """Leaves ``common.pt`` alone, a pickle with the trainer's state, of which no weight depends; and objects."""
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
+
+    def load_sharded_objects(self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> Any:
+        if sharded_objects_state_dict:
+            raise HiddenStatesError("objects of a checkpoint are never read")
+        return {}
 
 
 def _fill(part: ShardedTensor, stored: DistributedFiles) -> None:
