@@ -137,7 +137,7 @@ most used settings (--settings lists all, with their defaults and presets):
   data.path=FILE_FOLDER_OR_GLOB  text, JSONL, Parquet; else the embedded text
   train.max_steps=200 train.lr=1e-4 train.seq_length=512
   train.global_batch_size=16 train.micro_batch_size=2
-  train.lora_dim=16              a LoRA of this rank alone; else all weights
+  train.lora_dim=16              a LoRA of this dimension; else all weights
   train.recompute=uniform        none (the default), selective, uniform, block
   parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.dp=2
                                  also parallel.sp=true, parallel.vp=2
