@@ -134,8 +134,8 @@ def test_memory_of_a_rank_does_not_grow_with_the_corpus(
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2), Topology(pp=2), Topology(cp=2)], ids=str)
 def test_activations_are_as_planned(topology: Topology, tmp_path: Path, start_ranks: Start) -> None:
-    """No rank has more alive than the plan says, and each at least half of it. Not under sp: how long gloo holds what
-    it gathers and scatters differs from run to run."""
+    """No rank has more alive than the plan says, and the fullest of each stage at least half of it: how long gloo holds
+    what ranks of a stage exchange differs between them, and from run to run; under sp too much for this."""
     folder = save_tiny(
         tmp_path / "model",
         Tiny(layers=4, groups=4, tied=True, heads=8),
@@ -150,7 +150,8 @@ def test_activations_are_as_planned(topology: Topology, tmp_path: Path, start_ra
     )
     stages = split_layers(4, topology.pp)
     alive = start_ranks(topology.world, most_alive, topology, folder, tokens)
-    for rank, found in enumerate(alive):
-        need = stage_need(topology.at(rank).pp, stages, topology, work)
+    for stage in range(topology.pp):
+        need = stage_need(stage, stages, topology, work)
         planned = need.activations + need.states
-        assert 0.5 * planned < found < 1.02 * planned
+        fullest = max(found for rank, found in enumerate(alive) if topology.at(rank).pp == stage)
+        assert 0.5 * planned < fullest < 1.02 * planned
