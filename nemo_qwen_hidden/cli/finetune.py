@@ -94,7 +94,7 @@ def _fit(job: FinetuningJob, terminal: Terminal, teller: "_Teller") -> None:
 def _left(job: FinetuningJob) -> str:
     if not job.begun:
         return f"no checkpoint is left at {job.run_path}"
-    return f"the same command goes on from the last checkpoint at {job.run_path}"
+    return f"the run at {job.run_path} can go on from its last checkpoint"
 
 
 class _Teller:

@@ -10,6 +10,7 @@ import numpy as np
 
 from nemo_qwen_hidden.config import BYTES
 from nemo_qwen_hidden.data.tokenizer import TOKENIZER_FILES
+from nemo_qwen_hidden.drift.probe_set import PHASE
 from nemo_qwen_hidden.errors import StoreError
 from nemo_qwen_hidden.plan.shapes import state_width
 from nemo_qwen_hidden.plan.training import microbatches_of, steps_of
@@ -22,7 +23,6 @@ from nemo_qwen_hidden.training.job import CHECKPOINTS, FinetuningJob
 from nemo_qwen_hidden.training.texts import Counts, count, probe_lengths
 from nemo_qwen_hidden.training.watch.schedule import TRAIN, VALIDATION
 
-PROBE = "probe"
 _CONTEXT_BYTES = 60_000  # of a checkpoint: NeMo's configuration of model, trainer and data; seen
 
 
@@ -130,7 +130,7 @@ class Outlook:
             found.append(self._store("watch.store", watch.store, captured))
         if watch.probe_store is not None:
             steps = steps_of(first, train.max_steps if first < train.max_steps else 0, watch.every)
-            probed = Captured(phase=PROBE, steps=steps, documents=len(self.probe), rows=sum(self.probe))
+            probed = Captured(phase=PHASE, steps=steps, documents=len(self.probe), rows=sum(self.probe))
             found.append(self._store("watch.probe_store", watch.probe_store, (probed,)))
         return tuple(found)
 
